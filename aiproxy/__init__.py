@@ -1,0 +1,1 @@
+"""aiproxy: a self-hosted proxy for the Anthropic Messages API."""

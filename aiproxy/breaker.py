@@ -1,0 +1,165 @@
+"""Circuit breaker of one upstream: counters and states under a thread lock, the clock passed in, no I/O.
+
+Closed: attempts pass. Open: after `failures` failures in a row, for `cooldown` seconds. Half-open:
+after that, one trial at a time decides. Beside it an upstream may rest, because it said when to come
+back. Whoever passes holds a `Permit` and settles it exactly once; a permit carries the breaker's
+generation, so a result from before the last opening or closing changes nothing. Callers log: methods
+say what changed, since nothing may be logged under the lock.
+"""
+
+import threading
+from collections.abc import Callable
+from enum import Enum
+
+import msgspec
+
+
+class Pass(Enum):
+    """Why an attempt was let through."""
+
+    ORDINARY = "ordinary"
+    TRIAL = "trial"  # the one attempt that decides a half-open circuit
+    LAST_RESORT = "last_resort"  # past an open circuit, since nothing else is left
+
+
+class Permit(msgspec.Struct, frozen=True):
+    """Leave for one attempt, to be settled exactly once."""
+
+    kind: Pass
+    generation: int
+    began: int  # counts attempts and failures in the order in which they came
+
+
+class Outcome(Enum):
+    """How an attempt ended, as far as the breaker cares."""
+
+    SUCCESS = "success"
+    FAILURE = "failure"
+    UNDECIDED = "undecided"  # the client left, or the request was at fault
+
+
+class Change(msgspec.Struct, frozen=True):
+    """A circuit that opened, closed or went to rest, for the log."""
+
+    state: str
+    seconds: float = 0.0  # until the upstream is tried again
+
+
+class Breaker:
+    """Thread-safe; every method is arithmetic only and returns at once."""
+
+    def __init__(self, failures: int, cooldown: float, clock: Callable[[], float]) -> None:
+        """`failures` in a row open it for `cooldown` seconds of `clock`, a monotonic one."""
+        self._threshold = failures
+        self._cooldown = cooldown
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._failures = 0
+        self._sequence = 0
+        self._latest_failure = 0
+        self._generation = 0
+        self._open_until: float | None = None
+        self._rest_until = 0.0
+        self._trial_running = False
+
+    def usable(self) -> bool:
+        """Whether `acquire` would let an attempt through."""
+        with self._lock:
+            return self._usable()
+
+    def due(self) -> float:
+        """The clock's time from which the upstream may be tried again; past where it is usable."""
+        with self._lock:
+            return max(self._open_until or 0.0, self._rest_until)
+
+    def acquire(self) -> Permit | None:
+        """Leave for an attempt: ordinary, or the trial of a half-open circuit; None while open or resting."""
+        with self._lock:
+            if not self._usable():
+                return None
+            if self._open_until is None:
+                return self._permit(Pass.ORDINARY)
+            self._trial_running = True
+            return self._permit(Pass.TRIAL)
+
+    def acquire_last_resort(self) -> Permit:
+        """Leave in any state: success closes the circuit, failure changes nothing."""
+        with self._lock:
+            usual = self._open_until is None and self._clock() >= self._rest_until
+            return self._permit(Pass.ORDINARY if usual else Pass.LAST_RESORT)
+
+    def commit(self, permit: Permit) -> tuple[Permit, Change | None]:
+        """Take the commit point as a trial's success, and exchange it for an ordinary permit.
+
+        So a long stream never blocks recovery, and its later break still counts as one failure. An
+        ordinary permit is given back as it is: a stream is a success when it ends well.
+        """
+        with self._lock:
+            if permit.kind is Pass.ORDINARY or permit.generation != self._generation:
+                return permit, None
+            change = self._settle(permit, Outcome.SUCCESS)
+            return self._permit(Pass.ORDINARY), change
+
+    def settle(self, permit: Permit, outcome: Outcome) -> Change | None:
+        """Give a permit back with what became of it."""
+        with self._lock:
+            return self._settle(permit, outcome)
+
+    def rest(self, permit: Permit, seconds: float) -> Change | None:
+        """Give a permit back; the upstream rests for `seconds`, at most the cooldown.
+
+        Of several deadlines the latest holds.
+        """
+        with self._lock:
+            current = permit.generation == self._generation
+            self._settle(permit, Outcome.UNDECIDED)
+            seconds = min(seconds, self._cooldown)
+            until = self._clock() + seconds
+            if permit.kind is Pass.LAST_RESORT or not current or until <= self._rest_until:
+                return None
+            self._rest_until = until
+            return Change("resting", seconds) if seconds else None
+
+    def _usable(self) -> bool:
+        now = self._clock()
+        if now < self._rest_until:
+            return False
+        return self._open_until is None or (now >= self._open_until and not self._trial_running)
+
+    def _permit(self, kind: Pass) -> Permit:
+        self._sequence += 1
+        return Permit(kind=kind, generation=self._generation, began=self._sequence)
+
+    def _settle(self, permit: Permit, outcome: Outcome) -> Change | None:
+        if permit.generation != self._generation:
+            return None
+        if permit.kind is Pass.TRIAL:
+            self._trial_running = False
+        if outcome is Outcome.FAILURE and permit.kind is not Pass.LAST_RESORT:
+            return self._failed(permit)
+        if outcome is Outcome.SUCCESS:
+            return self._succeeded(permit)
+        return None
+
+    def _failed(self, permit: Permit) -> Change | None:
+        self._sequence += 1
+        self._latest_failure = self._sequence
+        self._failures += 1
+        if permit.kind is Pass.ORDINARY and self._failures < self._threshold:
+            return None
+        self._generation += 1
+        self._open_until = self._clock() + self._cooldown
+        return Change("open", self._cooldown)
+
+    def _succeeded(self, permit: Permit) -> Change | None:
+        if permit.kind is not Pass.ORDINARY:
+            was_open = self._open_until is not None
+            self._generation += 1
+            self._failures = 0
+            self._open_until = None
+            self._rest_until = 0.0
+            self._trial_running = False
+            return Change("closed") if was_open else None
+        if permit.began > self._latest_failure:
+            self._failures = 0
+        return None

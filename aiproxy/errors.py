@@ -1,0 +1,51 @@
+"""The Messages API's error types and bodies, and the exceptions of this package.
+
+No exception here derives from `OSError`: gunicorn takes an `OSError` that leaves a response body for
+the client's broken connection and hides it.
+"""
+
+import json
+from http import HTTPStatus
+
+#: HTTP status of each error type, https://docs.anthropic.com/en/api/errors.
+STATUS_OF_TYPE = {
+    "invalid_request_error": 400,
+    "authentication_error": 401,
+    "billing_error": 402,
+    "permission_error": 403,
+    "not_found_error": 404,
+    "conflict_error": 409,
+    "request_too_large": 413,
+    "rate_limit_error": 429,
+    "api_error": 500,
+    "timeout_error": 504,
+    "overloaded_error": 529,
+}
+
+
+class ApiError(Exception):
+    """An answer of our own, in the API's shape; it names no upstream address and no key."""
+
+    def __init__(self, status: int, type_: str, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.type = type_
+        self.message = message
+
+    def body(self, request_id: str) -> bytes:
+        """The JSON body; `request_id` is also what the `request-id` header says."""
+        return error_body(self.type, self.message, request_id)
+
+
+def error_body(type_: str, message: str, request_id: str) -> bytes:
+    """One error in the API's shape, as a JSON body or as the data of an `error` event."""
+    error = {"type": "error", "error": {"type": type_, "message": message}, "request_id": request_id}
+    return json.dumps(error).encode()
+
+
+def status_line(status: int) -> str:
+    """Status and reason phrase, for WSGI; 529 is the API's own."""
+    try:
+        return f"{status} {HTTPStatus(status).phrase}"
+    except ValueError:
+        return f"{status} {'Overloaded' if status == 529 else 'Unknown'}"

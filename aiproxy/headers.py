@@ -1,0 +1,79 @@
+"""What crosses the proxy, each way: pure functions over ordered (name, value) pairs.
+
+Names are lower case throughout. Everything crosses that is not listed here, unknown `anthropic-*`
+headers included: no allowlist, so that what the API adds tomorrow passes today.
+"""
+
+import re
+from collections.abc import Iterable
+
+Pairs = list[tuple[str, str]]
+
+#: RFC 9110 section 7.6.1, and what proxies are known to send in spite of it.
+HOP_BY_HOP = frozenset(
+    "connection keep-alive proxy-authenticate proxy-authorization proxy-connection te trailer "
+    "trailers transfer-encoding upgrade http2-settings".split()
+)
+
+#: Of the client's own hop, of its identity, or set anew for the upstream.
+_REQUEST_ONLY_HERE = frozenset(
+    "host content-length expect origin cookie cookie2 authorization x-api-key accept-encoding "
+    "forwarded via x-real-ip".split()
+)
+_REQUEST_PREFIXES_ONLY_HERE = ("x-forwarded-", "cf-")
+
+#: Of the upstream's own hop; length and encoding are set anew from the bytes that go out.
+_RESPONSE_ONLY_HERE = frozenset("content-length set-cookie set-cookie2 server date alt-svc".split())
+
+# What gunicorn accepts in a response; anything else would turn a good answer into a 500.
+_TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9a-z]+")
+_VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
+_FOLD = re.compile(r"\r?\n[ \t]+")  # RFC 9112 section 5.2: a folded line reads as a space
+
+
+def to_upstream(client: Iterable[tuple[str, str]], credential: tuple[str, str], extra: Pairs) -> Pairs:
+    """The request headers an upstream gets.
+
+    `credential` is the upstream's own, the only one that goes out; `extra` are those its
+    configuration adds, which replace the client's of the same name.
+    """
+    pairs = [(name.lower(), value) for name, value in client]
+    dropped = _named_by_connection(pairs) | HOP_BY_HOP | _REQUEST_ONLY_HERE | {name for name, _ in extra}
+    kept = [
+        (name, value)
+        for name, value in pairs
+        if name not in dropped and not name.startswith(_REQUEST_PREFIXES_ONLY_HERE)
+    ]
+    return [*kept, *extra, ("accept-encoding", "identity"), credential]
+
+
+def to_client(upstream: Iterable[tuple[str, str]], decoded: bool = False) -> Pairs:
+    """The response headers a client gets; `decoded` says that the body lost its content encoding."""
+    pairs = [(name.lower(), _FOLD.sub(" ", value)) for name, value in upstream]
+    dropped = _named_by_connection(pairs) | HOP_BY_HOP | _RESPONSE_ONLY_HERE
+    if decoded:
+        dropped |= {"content-encoding"}
+    return [
+        (name, value)
+        for name, value in pairs
+        if name not in dropped
+        and not name.startswith("x-aiproxy-")  # another aiproxy's: ours takes their place
+        and _TOKEN.fullmatch(name)
+        and _VALUE.fullmatch(value)
+    ]
+
+
+def value_of(pairs: Iterable[tuple[str, str]], name: str) -> str | None:
+    """The first value of a header whose name is given in lower case."""
+    return next((value for key, value in pairs if key.lower() == name), None)
+
+
+def media_type(pairs: Iterable[tuple[str, str]]) -> str:
+    """The content type without its parameters, in lower case; empty where there is none."""
+    return (value_of(pairs, "content-type") or "").partition(";")[0].strip().lower()
+
+
+def _named_by_connection(pairs: Pairs) -> frozenset[str]:
+    """The headers that `Connection` makes hop-by-hop."""
+    named = ",".join(value for name, value in pairs if name == "connection").lower()
+    return frozenset(name.strip() for name in named.split(","))

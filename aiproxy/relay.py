@@ -1,0 +1,141 @@
+"""A committed stream on its way to the client: the response body, and what becomes of it.
+
+Passes on whole events, their bytes as they came, and beside that only notes whether `message_stop`, an
+`error` event and usage figures went by. It ends in one of four ways (complete, error event, break,
+client gone), and whichever it is, the attempt is settled exactly once.
+"""
+
+import re
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import msgspec
+
+from .breaker import Outcome
+from .errors import error_body
+from .policy import Fault
+from .sse import EventTooLarge, Framer, encode, parse
+from .transport import Call, CallFailed
+from .usage import Usage
+
+#: Seconds that an upstream gets to end the body once `message_stop` has come.
+AFTER_STOP = 1.0
+
+# A line break followed by `event:` cannot occur inside an event's data, so this search is exact.
+_NOTED = re.compile(rb"(?:\A|[\r\n])event: ?(?:message_start|message_delta|message_stop|error)[\r\n]")
+
+
+class End(msgspec.Struct, frozen=True):
+    """How a stream ended, for the log."""
+
+    how: str  # complete, error_event, broken, silent, client_left
+    bytes: int
+    detail: str | None = None
+
+
+class Owner(Protocol):
+    """The attempt whose answer is relayed."""
+
+    usage: Usage
+
+    def settle(self, outcome: Outcome) -> None: ...
+
+
+class Relay:
+    """The response body of a stream. `close` may come at any time, also before the first `__next__`."""
+
+    def __init__(
+        self, call: Call, pieces: Iterator[bytes], held: deque[bytes], framer: Framer, owner: Owner
+    ) -> None:
+        """`held` was read before the commit point and goes first; `pieces` goes on from there."""
+        self._call = call
+        self._pieces = pieces
+        self._held = held
+        self._framer = framer
+        self._owner = owner
+        self._bytes = 0
+        self._stopped = False  # message_stop went by: the answer is complete, whatever follows
+        self._erred = False  # an error event went by: the client knows
+        self._over = False
+        self._to_cut = False
+        self._request_id = ""
+        self._cut: Callable[[], None] = _nothing
+        self._on_end: Callable[[End], None] = _nothing
+
+    def bind(self, request_id: str, cut: Callable[[], None], on_end: Callable[[End], None]) -> None:
+        """`cut` breaks off the client's connection; `on_end` hears once how the stream ended."""
+        self._request_id = request_id
+        self._cut = cut
+        self._on_end = on_end
+
+    def __iter__(self) -> "Relay":
+        return self
+
+    def __next__(self) -> bytes:
+        while not self._over:
+            try:
+                block = self._held.popleft() if self._held else self._framer.feed(next(self._pieces))
+                if block:
+                    self._note(block)
+                    self._bytes += len(block)
+                    return block
+            except StopIteration:
+                if self._stopped or self._erred:
+                    self._end("complete" if self._stopped else "error_event")
+                else:
+                    return self._break("broken", "ended before message_stop")
+            except CallFailed as failed:
+                return self._break("silent" if failed.fault is Fault.TIMEOUT else "broken", failed.detail)
+            except EventTooLarge:
+                return self._break("broken", "an event is over the size limit")
+        if self._to_cut:
+            self._cut()
+        raise StopIteration
+
+    def close(self) -> None:
+        """The server calls it in every case; before the end it means that the client left."""
+        self._end("complete" if self._stopped else "client_left")
+
+    def _note(self, block: bytes) -> None:
+        if _NOTED.search(block) is None:
+            return
+        for event in parse(block):
+            if event.name == b"message_stop":
+                self._stopped = True
+                self._call.idle(AFTER_STOP)
+            elif event.name == b"error":
+                self._erred = True
+            else:
+                self._owner.usage.note_event(event.name, event.data)
+
+    def _break(self, how: str, detail: str) -> bytes:
+        """Tell the client, then break off: the Python SDK takes a clean early end for success."""
+        if self._stopped:
+            self._end("complete")
+            raise StopIteration
+        self._to_cut = True
+        self._end("error_event" if self._erred else how, detail)
+        if self._erred or self._framer.partial:
+            # It knows already; or half an event is out, and an event now would complete it as garbage.
+            self._cut()
+            raise StopIteration
+        type_, message = (
+            ("timeout_error", "The upstream fell silent in the middle of its answer.")
+            if how == "silent"
+            else ("api_error", "The upstream broke off its answer.")
+        )
+        return encode("error", error_body(type_, message, self._request_id))
+
+    def _end(self, how: str, detail: str | None = None) -> None:
+        if self._over:
+            return
+        self._over = True
+        self._call.close()
+        outcomes = {"complete": Outcome.SUCCESS, "client_left": Outcome.UNDECIDED}
+        self._owner.settle(outcomes.get(how, Outcome.FAILURE))
+        self._on_end(End(how, self._bytes, detail))
+
+
+def _nothing(*_: object) -> None:
+    """Until `bind` says otherwise."""

@@ -1,0 +1,396 @@
+"""The shared `requests.Session` and the `Call`: one request to one upstream, which any thread may abort.
+
+The only module that knows requests and urllib3. Their exceptions end here: callers see `CallFailed`
+with a `Fault` and a plain detail that names no address. The thread that sends a call owns it and
+closes it; others may only `abort` it.
+"""
+
+import contextlib
+import http.client
+import socket
+import ssl
+import threading
+from collections.abc import Iterator
+from http.cookiejar import DefaultCookiePolicy
+from typing import Any
+
+import requests
+import urllib3
+from requests.adapters import HTTPAdapter
+from requests.structures import CaseInsensitiveDict
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+from urllib3.util import SKIP_HEADER
+
+from .demo import DemoAdapter
+from .headers import Pairs
+from .policy import Fault
+from .resolver import Address, Resolver
+from .watch import Reason, Watcher
+
+PIECE = 65536  # bytes asked for at a time
+POOL = 1024  # kept connections a host; more than any worker has threads
+
+# As the official SDKs do: NATs drop connections that are silent for long, and a whole answer may be
+# silent for ten minutes.
+_SOCKET_OPTIONS = [
+    (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 60),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 5),
+]
+
+_DECODABLE = frozenset({"gzip", "x-gzip", "deflate"})
+
+_FAULT_OF_REASON = {Reason.CONNECT_TIMEOUT: Fault.CONNECT, Reason.TIMEOUT: Fault.TIMEOUT}
+
+
+class CallFailed(Exception):
+    """A call that brought no answer, or none to its end."""
+
+    def __init__(self, fault: Fault, detail: str, stale: bool = False) -> None:
+        super().__init__(detail)
+        self.fault = fault
+        self.detail = detail
+        #: A reused connection that broke before any byte of an answer: the upstream closed it idle.
+        self.stale = stale
+
+
+class _Aborted(Exception):
+    """Raised in the owner's thread when its call was aborted before it had a socket."""
+
+
+class Call:
+    """One request to one upstream and its answer. `status`, `headers` and `pieces` are the owner's."""
+
+    def __init__(self, watcher: Watcher, resolver: Resolver, connect_timeout: float, fresh: bool) -> None:
+        """See `Transport.call`."""
+        self.watcher = watcher
+        self.resolver = resolver
+        self.connect_timeout = connect_timeout
+        self.fresh = fresh
+        self.reused = False
+        self.connected = False
+        self.heard = False  # a byte of the answer arrived
+        self.status = 0
+        self.headers: Pairs = []
+        self.decoded = False
+        self._response: requests.Response | None = None
+        self._lock = threading.Lock()
+        self._socket: socket.socket | None = None
+        self._reason: Reason | None = None
+
+    def abort(self, reason: Reason) -> None:
+        """End the call from any thread; the first reason stays. Does not block."""
+        with self._lock:
+            if self._reason is None:
+                self._reason = reason
+            if self._socket is not None:
+                _shut(self._socket)
+
+    def idle(self, seconds: float) -> None:
+        """From now on wait at most `seconds` for each next bytes."""
+        with self._lock:
+            if self._socket is not None:
+                self._socket.settimeout(seconds)
+
+    def attach(self, sock: socket.socket) -> None:
+        """Let `abort` reach the socket that the call uses from now on."""
+        with self._lock:
+            self._socket = sock
+            if self._reason is not None:
+                raise _Aborted
+
+    def detach(self) -> None:
+        """Take the socket out of `abort`'s reach: it is closed, or another call's next."""
+        with self._lock:
+            self._socket = None
+
+    def pieces(self) -> Iterator[bytes]:
+        """The body as it arrives, content encoding undone; to be read to its end by one reader.
+
+        Raises `CallFailed`.
+        """
+        assert self._response is not None
+        raw = self._response.raw
+        try:
+            if raw.chunked and raw.supports_chunked_reads():
+                yield from raw.stream(PIECE, decode_content=self.decoded)
+            else:
+                # Without chunks, stream() would wait for a full buffer.
+                yield from iter(lambda: raw.read1(PIECE, decode_content=self.decoded), b"")
+        except (urllib3.exceptions.HTTPError, OSError, http.client.HTTPException, ValueError) as error:
+            raise self.failure(error) from None
+        # A connection that was shut looks like the end of a body that only its close delimits.
+        self.check()
+
+    def check(self) -> None:
+        """Raise `CallFailed` if the call was aborted."""
+        if self._reason is not None:
+            raise self.failure(None)
+
+    def close(self) -> None:
+        """Give the call up. A connection whose answer was not read to its end is closed, not kept."""
+        self.detach()
+        if self._response is not None:
+            self._response.raw.close()
+
+    def answered(self, response: requests.Response) -> None:
+        """Take the head of the answer."""
+        raw = response.raw
+        self._response = response
+        self.status = response.status_code
+        self.headers = [(name.lower(), value) for name, value in raw.headers.items()]
+        encoding = raw.headers.get("content-encoding", "identity").strip().lower()
+        if encoding in _DECODABLE:
+            self.decoded = True
+        elif encoding not in ("identity", ""):
+            self.close()
+            raise CallFailed(Fault.NO_ANSWER, f"content encoding {encoding[:20]} was not asked for")
+
+    def failure(self, error: Exception | None) -> CallFailed:
+        """What an exception of requests, urllib3 or the socket means."""
+        if self._reason is not None:
+            return CallFailed(_FAULT_OF_REASON[self._reason], self._reason.value)
+        if not self.connected:
+            return CallFailed(Fault.CONNECT, _plain(error))
+        if _is_timeout(error):
+            return CallFailed(Fault.TIMEOUT, "silent for too long")
+        return CallFailed(Fault.BROKEN, _plain(error), stale=self.reused and not self.heard)
+
+
+class Transport:
+    """Sends calls over one shared session; thread-safe."""
+
+    def __init__(self, watcher: Watcher, connect_timeout: float) -> None:
+        """`connect_timeout` bounds DNS, TCP and TLS together, in seconds."""
+        self._watcher = watcher
+        self._resolver = Resolver()
+        self._connect_timeout = connect_timeout
+        self._session = requests.Session()
+        # Nothing of the environment or of another client may slip in: no netrc, no proxies, no
+        # cookies, no default headers.
+        self._session.trust_env = False
+        self._session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
+        self._session.headers.clear()
+        self._session.mount("http://", adapter := _Adapter(POOL, POOL))
+        self._session.mount("https://", adapter)
+        self._session.mount("demo://", DemoAdapter())
+
+    def call(self, fresh: bool = False) -> Call:
+        """A call to be sent; `fresh`: on a new connection, whatever the pool holds."""
+        return Call(self._watcher, self._resolver, self._connect_timeout, fresh)
+
+    def send(self, call: Call, url: str, headers: Pairs, body: bytes) -> None:
+        """POST `body` and wait for the head of the answer. Raises `CallFailed`."""
+        request = requests.PreparedRequest()
+        request.method = "POST"
+        request.url = url
+        request.headers = CaseInsensitiveDict(headers)
+        request.headers.setdefault("user-agent", SKIP_HEADER)  # else urllib3 would add its own
+        request.headers["Content-Length"] = str(len(body))
+        request.body = body
+        _current.call = call
+        try:
+            response = self._session.send(
+                request,
+                stream=True,
+                timeout=(self._connect_timeout, None),
+                allow_redirects=False,
+                proxies={},
+                verify=True,
+            )
+        except (
+            _Aborted,
+            requests.RequestException,
+            urllib3.exceptions.HTTPError,
+            OSError,
+            http.client.HTTPException,
+        ) as error:
+            call.detach()
+            raise call.failure(error) from None
+        finally:
+            _current.call = None
+        call.answered(response)
+
+    def close(self) -> None:
+        """Close the kept connections."""
+        self._session.close()
+
+
+class _Current(threading.local):
+    """The call that this thread is sending: urllib3 offers no way to hand it to a connection."""
+
+    call: Call | None = None
+
+
+_current = _Current()
+
+
+class _Answer(http.client.HTTPResponse):
+    """Notes the first byte of an answer."""
+
+    def begin(self) -> None:
+        if _current.call is not None and self.fp.peek(1):
+            _current.call.heard = True
+        super().begin()
+
+
+class _Connection(HTTPConnection):
+    """A connection whose socket the current call can abort, and whose connecting is bounded as a whole."""
+
+    response_class = _Answer
+    _call: Call | None = None
+    _handle: socket.socket | None = None
+
+    def connect(self) -> None:
+        call = _current.call
+        assert call is not None
+        deadline = call.watcher.deadline(call, call.connect_timeout, Reason.CONNECT_TIMEOUT)
+        try:
+            super().connect()
+            self._use(call)
+        except BaseException:
+            call.detach()
+            raise
+        finally:
+            deadline.cancel()
+            if self._handle is not None:
+                self._handle.close()
+
+    def request(self, *args: Any, **kwargs: Any) -> None:
+        call = _current.call
+        assert call is not None
+        if self.sock is None:
+            self.connect()
+        elif not call.connected:
+            call.reused = True
+            self._use(call)
+        self.timeout = None  # else the connect timeout would bound the upload too
+        super().request(*args, **kwargs)
+
+    def let_go(self) -> None:
+        """Before the connection goes back to the pool: a late abort must not hit the next call."""
+        if self._call is not None:
+            self._call.detach()
+            self._call = None
+
+    def _use(self, call: Call) -> None:
+        call.connected = True
+        self._call = call
+        call.attach(self.sock)
+
+    def _new_conn(self) -> socket.socket:
+        call = _current.call
+        assert call is not None
+        failed: OSError | None = None
+        try:
+            addresses = call.resolver.resolve(self._dns_host, self.port, call.connect_timeout)
+            for left, address in zip(range(len(addresses), 0, -1), addresses, strict=True):
+                try:
+                    return self._dial(call, address, call.connect_timeout / left)
+                except OSError as error:
+                    failed = error
+        except OSError as error:
+            failed = error
+        raise urllib3.exceptions.NewConnectionError(self, "no connection") from failed
+
+    def _dial(self, call: Call, address: Address, seconds: float) -> socket.socket:
+        family, kind, protocol, _, place = address
+        sock = socket.socket(family, kind, protocol)
+        try:
+            for option in self.socket_options or ():
+                sock.setsockopt(*option)
+            sock.settimeout(seconds)
+            if self._handle is not None:
+                self._handle.close()
+            # TLS takes the socket object away; a duplicate reaches the connection all the same.
+            self._handle = sock.dup()
+            call.attach(self._handle)
+            sock.connect(place)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+
+class _TlsConnection(_Connection, HTTPSConnection):
+    """The same over TLS."""
+
+
+class _Pool(HTTPConnectionPool):
+    ConnectionCls = _Connection
+
+    def _get_conn(self, timeout: float | None = None) -> Any:
+        connection = super()._get_conn(timeout)
+        if _current.call is not None and _current.call.fresh:
+            connection.close()
+        return connection
+
+    def _put_conn(self, conn: Any) -> None:
+        if conn is not None:
+            conn.let_go()
+        super()._put_conn(conn)
+
+
+class _TlsPool(_Pool, HTTPSConnectionPool):
+    ConnectionCls = _TlsConnection
+
+
+class _Adapter(HTTPAdapter):
+    """Mounts the connections above."""
+
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        super().init_poolmanager(*args, socket_options=_SOCKET_OPTIONS, **kwargs)
+        self.poolmanager.pool_classes_by_scheme = {"http": _Pool, "https": _TlsPool}
+
+
+def _shut(sock: socket.socket) -> None:
+    """Wake whoever blocks on the socket.
+
+    The plain socket's method on purpose: a TLS socket's own drops the TLS layer first, and what is
+    sent in that gap goes out in clear.
+    """
+    with contextlib.suppress(OSError):
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception and what caused it, outermost first; libraries hide causes in three places."""
+    seen: set[int] = set()
+    waiting = [error]
+    while waiting:
+        error = waiting.pop(0)
+        if isinstance(error, BaseException) and id(error) not in seen:
+            seen.add(id(error))
+            yield error
+            waiting += [error.__cause__, getattr(error, "reason", None), *error.args, error.__context__]
+
+
+def _is_timeout(error: Exception | None) -> bool:
+    return any(
+        isinstance(cause, TimeoutError | urllib3.exceptions.ReadTimeoutError) for cause in _chain(error)
+    )
+
+
+def _plain(error: Exception | None) -> str:
+    """One plain phrase for the log; never an address."""
+    for cause in reversed(list(_chain(error))):
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return f"the certificate does not verify: {cause.verify_message}"
+        if isinstance(cause, ssl.SSLError):
+            return f"TLS failed: {(cause.reason or 'unknown').lower().replace('_', ' ')}"
+        if isinstance(cause, socket.gaierror):
+            return "the host name was not found"
+        if isinstance(cause, TimeoutError):
+            return "no connection in time"
+        if isinstance(cause, http.client.RemoteDisconnected):
+            return "closed without an answer"
+        if isinstance(cause, http.client.IncompleteRead | urllib3.exceptions.IncompleteRead):
+            return "the answer was cut short"
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror.lower()
+        if isinstance(cause, urllib3.exceptions.DecodeError):
+            return "the answer's content encoding is broken"
+    return "the answer was cut short" if error is None else f"no valid HTTP ({type(error).__name__})"

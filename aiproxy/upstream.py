@@ -1,0 +1,36 @@
+"""One upstream: its settings, its model map, its circuit breaker."""
+
+from .breaker import Breaker
+from .config import UpstreamSettings
+from .headers import Pairs
+
+#: Where `base_url` ends and the API begins: `base_url` is what ANTHROPIC_BASE_URL would be.
+MESSAGES = "/v1/messages"
+
+
+class Upstream:
+    """Settings are read-only; the breaker guards its own state."""
+
+    def __init__(self, settings: UpstreamSettings, breaker: Breaker) -> None:
+        self.settings = settings
+        self.breaker = breaker
+        self.name = settings.name
+        self.weight = max(1, settings.weight)
+        self.extra_headers: Pairs = [(name.lower(), value) for name, value in settings.headers.items()]
+        bearer = settings.auth == "bearer"
+        self.credential = (
+            ("authorization", f"Bearer {settings.token}") if bearer else ("x-api-key", settings.token)
+        )
+
+    def serves(self, model: str) -> bool:
+        """Whether the client's `model` may go here; no list means every model."""
+        available = self.settings.available_models
+        return not available or model in available
+
+    def model_for(self, model: str) -> str:
+        """What this upstream calls the client's `model`."""
+        return self.settings.model_mappings.get(model, model)
+
+    def url(self, path: str, query: str) -> str:
+        """The address of an API path; `query` is the client's, without its question mark."""
+        return f"{self.settings.base_url}{path}?{query}" if query else f"{self.settings.base_url}{path}"

@@ -1,0 +1,242 @@
+"""Fixtures that start things on real sockets and see to it that they end with the test.
+
+`upstream` starts fake upstreams, `config_of` spells a configuration that points at them, `serve` runs the
+proxy as users do: gunicorn in a process of its own. What the fakes do is in `fakes.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import pytest
+import yaml
+from fakes import HOST, FakeUpstream, Reply, free_port
+
+ROOT = Path(__file__).resolve().parent.parent
+START_LIMIT = 10.0  # seconds
+STOP_LIMIT = 5.0
+
+if str(ROOT) not in sys.path:  # `pytest` alone leaves it out, `python -m pytest` does not
+    sys.path.insert(0, str(ROOT))
+
+
+class Output:
+    """What a process writes to one pipe, line by line; a thread of its own collects it to the end."""
+
+    def __init__(self, pipe: IO[str]) -> None:
+        self._pipe = pipe
+        self._lines: list[str] = []
+        self._ended = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._collect, name="output")
+        self._thread.start()
+
+    def lines(self) -> list[str]:
+        """All lines so far, without their line ends."""
+        with self._changed:
+            return list(self._lines)
+
+    def wait_for(self, regex: str, timeout: float, since: int) -> re.Match[str]:
+        """Wait for a line, from number `since` on, that the expression is found in."""
+        pattern = re.compile(regex)
+        limit = time.monotonic() + timeout
+        with self._changed:
+            while True:
+                for line in self._lines[since:]:
+                    if match := pattern.search(line):
+                        return match
+                since = max(since, len(self._lines))
+                left = limit - time.monotonic()
+                if self._ended or left <= 0:
+                    why = "the process ended" if self._ended else f"{timeout} s went by"
+                    raise AssertionError(f"{why} without /{regex}/ in:\n" + "\n".join(self._lines))
+                self._changed.wait(left)
+
+    def join(self) -> None:
+        """Wait until the pipe ended."""
+        self._thread.join(STOP_LIMIT)
+
+    def _collect(self) -> None:
+        with self._pipe:
+            for line in self._pipe:
+                with self._changed:
+                    self._lines.append(line.rstrip("\n"))
+                    self._changed.notify_all()
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+
+class Served:
+    """A gunicorn that runs: its address, its process, what it wrote."""
+
+    def __init__(self, command: list[str], directory: Path, env: dict[str, str], port: int) -> None:
+        self.port = port
+        self._asked = False
+        self.process = subprocess.Popen(
+            command,
+            cwd=directory,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,  # a process group of its own, workers included, that can be killed as one
+        )
+        assert self.process.stdout is not None
+        assert self.process.stderr is not None
+        self._stdout = Output(self.process.stdout)
+        self._stderr = Output(self.process.stderr)
+
+    @property
+    def url(self) -> str:
+        """Where it serves: `http://127.0.0.1:port`."""
+        return f"http://{HOST}:{self.port}"
+
+    def stdout_lines(self) -> list[str]:
+        """The lines on standard output so far: the proxy's own log."""
+        return self._stdout.lines()
+
+    @property
+    def stderr(self) -> str:
+        """Standard error so far: gunicorn's log."""
+        return "\n".join(self._stderr.lines())
+
+    def wait_for_log(self, regex: str, timeout: float = 5.0, since: int = 0) -> re.Match[str]:
+        """Wait for a line of standard output; `since` skips so many, say `len(stdout_lines())` before."""
+        return self._stdout.wait_for(regex, timeout, since)
+
+    def wait_for_stderr(self, regex: str, timeout: float = 5.0, since: int = 0) -> re.Match[str]:
+        """Wait for a line of standard error, likewise."""
+        return self._stderr.wait_for(regex, timeout, since)
+
+    def wait_until_ready(self) -> None:
+        """Wait until the port accepts; fails at once when the process ends instead."""
+        limit = time.monotonic() + START_LIMIT
+        while True:
+            with contextlib.suppress(ConnectionRefusedError):
+                socket.create_connection((HOST, self.port), 1).close()
+                return
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                code = self.process.wait(0.02)
+                self._stderr.join()
+                raise AssertionError(f"the start ended with code {code}:\n{self.stderr}")
+            if time.monotonic() > limit:
+                raise AssertionError(f"port {self.port} did not open in {START_LIMIT} s:\n{self.stderr}")
+
+    def wait_exit(self, timeout: float = START_LIMIT) -> int:
+        """Wait until the process ended by itself and all it wrote was read; its exit code."""
+        code = self.process.wait(timeout)
+        self._stdout.join()
+        self._stderr.join()
+        return code
+
+    def ask_to_stop(self) -> None:
+        """Send SIGTERM, once."""
+        if not self._asked:
+            self._asked = True
+            self.process.terminate()
+
+    def stop(self) -> int:
+        """SIGTERM, after five seconds SIGKILL to its process group; its exit code. Again does no harm."""
+        self.ask_to_stop()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(STOP_LIMIT)
+        with contextlib.suppress(ProcessLookupError):  # workers that outlived the arbiter, or all of it
+            os.killpg(self.process.pid, signal.SIGKILL)
+        return self.wait_exit(STOP_LIMIT)
+
+
+def _fill_in(config: Mapping[str, Any] | str, port: int) -> tuple[str, int]:
+    """The YAML text with an address in it, and the port; a text that names its own is left alone."""
+    if not isinstance(config, str):
+        whole = {"bind": HOST, "listen": port, **config}
+        return yaml.safe_dump(whole, sort_keys=False), int(str(whole["listen"]).removeprefix(":"))
+    given = re.search(r'^listen:\s*"?:?(\d+)', config, re.MULTILINE)
+    if given:
+        return config, int(given[1])
+    return f"bind: {HOST}\nlisten: {port}\n{config}", port
+
+
+@pytest.fixture
+def upstream() -> Iterator[Callable[..., FakeUpstream]]:
+    """Start a `FakeUpstream` of these replies; all stop at the end of the test."""
+    with contextlib.ExitStack() as stack:
+
+        def start(*script: Reply, **options: Any) -> FakeUpstream:
+            return stack.enter_context(FakeUpstream(*script, **options))
+
+        yield start
+
+
+@pytest.fixture
+def config_of() -> Callable[..., dict[str, Any]]:
+    """Spell a configuration: upstreams, named a, b, ... with tokens sk-test-a, ..., and more top-level keys.
+
+    An upstream is a `FakeUpstream`, or its settings, where a `FakeUpstream` may stand as `base_url`.
+    """
+
+    def spell(upstreams: Iterable[FakeUpstream | Mapping[str, Any]], **extra: Any) -> dict[str, Any]:
+        spelt = []
+        for n, one in enumerate(upstreams):
+            name = chr(ord("a") + n)
+            given = {"base_url": one} if isinstance(one, FakeUpstream) else one
+            settings = {"name": name, "token": f"sk-test-{name}", **given}
+            base_url = settings["base_url"]
+            settings["base_url"] = base_url.url if isinstance(base_url, FakeUpstream) else base_url
+            spelt.append(settings)
+        return {"upstreams": spelt, **extra}
+
+    return spell
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[..., Served]]:
+    """Serve a configuration (a mapping, or YAML text) by a real gunicorn; all stop at the end of the test.
+
+    The address is filled in unless given. `wait=False` does not wait for the port, for starts that fail. The
+    environment holds PATH, AIPROXY_CONFIG and `env`, nothing else. `app_dir` has another wsgi.py to serve.
+    """
+    started: list[Served] = []
+
+    def start(
+        config: Mapping[str, Any] | str,
+        *,
+        workers: int | None = None,
+        gunicorn_args: Iterable[str] = (),
+        app_dir: Path = ROOT,
+        env: Mapping[str, str] | None = None,
+        wait: bool = True,
+    ) -> Served:
+        text, port = _fill_in(config, free_port())
+        path = tmp_path / f"config-{len(started) + 1}.yaml"
+        path.write_text(text, encoding="utf-8")
+        command = [sys.executable, "-m", "gunicorn", "wsgi:app", "--graceful-timeout", "2"]
+        command += ["--workers", str(workers)] if workers else []
+        environment = {"PATH": os.environ["PATH"], "AIPROXY_CONFIG": str(path), **(env or {})}
+        served = Served([*command, *gunicorn_args], app_dir, environment, port)
+        started.append(served)
+        if wait:
+            served.wait_until_ready()
+        return served
+
+    yield start
+    for served in started:
+        served.ask_to_stop()  # all of them first, so that they end side by side
+    for served in started:
+        served.stop()
+        # pytest shows this for a test that failed.
+        print(f"--- {served.url} ended with {served.process.returncode}; its standard output:")
+        print("\n".join(served.stdout_lines()), served.stderr, sep="\n--- its standard error:\n")

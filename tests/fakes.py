@@ -1,0 +1,1123 @@
+"""Fakes on real sockets: an upstream that misbehaves on demand, ports that do not answer, a bare client.
+
+`FakeUpstream` owns a listening socket and its threads; a *reply* (any callable of a `Wire` and a `Seen`)
+decides what one request gets back, byte by byte. `RawClient` is the other end: it knows when each piece
+arrived and how the body ended. Waiting is done on events, never by sleeping, and ends at once when the fake
+is stopped. Nothing here knows the proxy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http
+import itertools
+import json
+import os
+import random
+import select
+import socket
+import ssl
+import struct
+import threading
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Self
+from urllib.parse import urlsplit
+
+import msgspec
+import trustme
+
+Headers = Iterable[tuple[str, str | None]]  # in a reply's `headers=`, None takes a default header away
+Item = bytes | float | threading.Event  # a piece to send; a pause in seconds; a gate to wait for
+Framing = Literal["chunked", "length", "close"]
+Ending = Literal["end", "cut", "reset", "hang"]
+
+HOST = "127.0.0.1"
+PIECE = 65536
+GATE_LIMIT = 10.0  # seconds; a gate that a failed test never opens
+
+ERROR_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    402: "billing_error",
+    403: "permission_error",
+    404: "not_found_error",
+    409: "conflict_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    500: "api_error",
+    504: "timeout_error",
+    529: "overloaded_error",
+}
+
+_request_ids = itertools.count(1)
+
+
+class PeerLeft(Exception):
+    """The connection ended while a reply was still using it; the fake's own threads take it quietly."""
+
+
+class Ended(Exception):
+    """No more bytes come from this socket."""
+
+
+class Inbox:
+    """Bytes as they come from `recv`, taken by mark or by count; `at` is when the latest of them arrived."""
+
+    def __init__(self, recv: Callable[[], bytes]) -> None:
+        self._recv = recv
+        self.buffer = bytearray()
+        self.at = time.monotonic()
+
+    def fill(self) -> None:
+        """Add what comes next to the buffer; raises `Ended` when nothing does."""
+        data = self._recv()
+        if not data:
+            raise Ended
+        self.at = time.monotonic()
+        self.buffer += data
+
+    def take(self, count: int) -> bytes:
+        """Take `count` bytes that are in the buffer, or as many as there are."""
+        data = bytes(self.buffer[:count])
+        del self.buffer[:count]
+        return data
+
+    def until(self, mark: bytes) -> bytes:
+        """Take everything before `mark`, and drop the mark."""
+        while (place := self.buffer.find(mark)) < 0:
+            self.fill()
+        data = self.take(place)
+        self.take(len(mark))
+        return data
+
+    def exactly(self, count: int) -> bytes:
+        """Take `count` bytes; raises `Ended`, and leaves the buffer as it is, when fewer come."""
+        while len(self.buffer) < count:
+            self.fill()
+        return self.take(count)
+
+    def chunk(self) -> bytes:
+        """Take one chunk of a chunked body; an empty one is its end, trailers included (RFC 9112, 7.1)."""
+        size = int(self.until(b"\r\n").split(b";")[0], 16)
+        if size:
+            data = self.exactly(size + 2)
+            if not data.endswith(b"\r\n"):
+                raise AssertionError(f"a chunk does not end where its size says: {data[-20:]!r}")
+            return data[:-2]
+        while self.until(b"\r\n"):
+            pass
+        return b""
+
+
+def _fields(lines: Iterable[bytes]) -> list[tuple[str, str]]:
+    pairs = (line.decode("latin-1").partition(":") for line in lines)
+    return [(name, value.strip(" \t")) for name, _, value in pairs]
+
+
+def _first(headers: Iterable[tuple[str, str]], name: str) -> str | None:
+    return next((value for key, value in headers if key.lower() == name.lower()), None)
+
+
+# ---------------------------------------------------------------------------------------- the upstream
+
+
+class Seen(msgspec.Struct, frozen=True):
+    """One request as it came: path and query, headers in order and case, which connection (from 1)."""
+
+    method: str
+    target: str
+    headers: list[tuple[str, str]]
+    body: bytes
+    connection: int
+
+    def header(self, name: str) -> str | None:
+        """The first header of that name, in any case."""
+        return _first(self.headers, name)
+
+    def every(self, name: str) -> list[str]:
+        """All values of that header, in order."""
+        return [value for key, value in self.headers if key.lower() == name.lower()]
+
+    def json(self) -> Any:
+        """The body, parsed."""
+        return json.loads(self.body)
+
+
+class Connection:
+    """One accepted connection: its socket belongs to its own thread; who notices its end notes it, once."""
+
+    def __init__(self, sock: socket.socket, ordinal: int, changed: threading.Condition) -> None:
+        self.sock = sock
+        self.ordinal = ordinal
+        self.over = threading.Event()  # the peer left, or we closed, or the server stops
+        self.left_at: float | None = None
+        self.closed_here = False
+        self._changed = changed
+
+    def mark_left(self) -> None:
+        """Note that the peer closed its side, unless we were first."""
+        now = time.monotonic()
+        with self._changed:
+            if self.left_at is None and not self.closed_here:
+                self.left_at = now
+                self._changed.notify_all()
+        self.over.set()
+
+    def mark_closed(self) -> None:
+        """Note that we end it, unless the peer was first."""
+        if self.sock.fileno() >= 0:
+            poll = select.poll()
+            poll.register(self.sock, select.POLLRDHUP)
+            if poll.poll(0):
+                self.mark_left()
+        with self._changed:
+            self.closed_here = self.left_at is None
+            self._changed.notify_all()
+        self.over.set()
+
+    def close(self) -> None:
+        """Close for good; by FIN, or by RST if the peer sent something that was not read."""
+        self.mark_closed()
+        self.sock.close()
+
+    def shut(self) -> None:
+        """End it from another thread: whatever blocks on the socket returns, and the owner closes."""
+        with self._changed:
+            self.closed_here = self.left_at is None
+            self._changed.notify_all()
+        self.over.set()
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
+
+    def secure(self, context: ssl.SSLContext) -> None:
+        """Put TLS on it; a handshake that fails counts as the peer's leaving, and raises `PeerLeft`."""
+        sock = context.wrap_socket(self.sock, server_side=True, do_handshake_on_connect=False)
+        self.sock = sock
+        if self.over.is_set():  # shut() may have met the socket that was just replaced
+            raise PeerLeft
+        try:
+            sock.do_handshake()
+        except OSError as error:
+            self.mark_left()
+            raise PeerLeft from error
+
+    def recv(self) -> bytes:
+        """The next bytes, or none when the connection is over, for whatever cause."""
+        try:
+            data = self.sock.recv(PIECE)
+        except OSError:
+            data = b""
+        if not data:
+            self.mark_left()
+        return data
+
+    def send(self, data: bytes) -> None:
+        """Send all of it; raises `PeerLeft` when the connection is over."""
+        try:
+            self.sock.sendall(data)
+        except OSError as error:
+            self.mark_left()
+            raise PeerLeft from error
+
+
+class Wire:
+    """What a reply writes on: the raw connection, with the few HTTP framings at hand."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self.closing = False  # the head said `connection: close`
+
+    def send(self, data: bytes) -> None:
+        """Send literal bytes."""
+        self._connection.send(data)
+
+    def head(self, status: int, headers: Iterable[tuple[str, str]] = (), reason: str | None = None) -> None:
+        """Send a status line and exactly these headers."""
+        if reason is None:
+            known = {each.value: each.phrase for each in http.HTTPStatus}
+            reason = known.get(status, "Overloaded" if status == 529 else "Unknown")
+        pairs = list(headers)
+        self.closing = (_first(pairs, "connection") or "").lower() == "close"
+        lines = [f"HTTP/1.1 {status} {reason}", *(f"{name}: {value}" for name, value in pairs), "", ""]
+        self.send("\r\n".join(lines).encode("latin-1"))
+
+    def chunk(self, data: bytes) -> None:
+        """Send one chunk of a chunked body; nothing for no bytes, since an empty chunk would end it."""
+        if data:
+            self.send(b"%x\r\n%b\r\n" % (len(data), data))
+
+    def end(self) -> None:
+        """End a chunked body."""
+        self.send(b"0\r\n\r\n")
+
+    def close(self) -> None:
+        """Close the connection (FIN; under TLS without a close_notify)."""
+        self._connection.close()
+
+    def reset(self) -> None:
+        """Break the connection (RST)."""
+        with contextlib.suppress(OSError):
+            linger = struct.pack("ii", 1, 0)
+            self._connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        self._connection.close()
+
+    def hang(self, seconds: float | None = None) -> bool:
+        """Say nothing until the peer leaves or the server stops (then True), at most that many seconds."""
+        return self._connection.over.wait(seconds)
+
+    def pause(self, item: float | threading.Event) -> None:
+        """Wait so many seconds, or for that gate to open; raises `PeerLeft` if the connection ends before."""
+        if isinstance(item, threading.Event):
+            limit = time.monotonic() + GATE_LIMIT
+            while not item.wait(0.005) and not self._connection.over.is_set():
+                if time.monotonic() > limit:
+                    raise AssertionError("a gate in a reply was never opened")
+        else:
+            self.hang(item)
+        if self._connection.over.is_set():
+            raise PeerLeft
+
+    def drain(self) -> None:
+        """Half-close, then read and throw away until the peer is done: the polite way to refuse an upload."""
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self._connection.sock, socket.SHUT_WR)
+        while self._connection.recv():
+            pass
+
+
+Reply = Callable[[Wire, Seen], None]
+
+
+class BeforeBody:
+    """Marks a reply that is given after the request's head, the body unread; then the connection closes."""
+
+    def __init__(self, reply: Reply) -> None:
+        self._reply = reply
+
+    def __call__(self, wire: Wire, seen: Seen) -> None:
+        self._reply(wire, seen)
+
+
+class FakeUpstream:
+    """A threaded HTTP/1.1 server on 127.0.0.1 that gives each request the next reply of its script.
+
+    When the script is used up, `default` answers (an ordinary `answer()` unless given). `port` reuses a port,
+    so that an upstream can come back where it was; `tls` is a server-side context, such as `loopback_tls()`.
+    """
+
+    def __init__(
+        self, *script: Reply, default: Reply | None = None, tls: ssl.SSLContext | None = None, port: int = 0
+    ) -> None:
+        self.seen: list[Seen] = []
+        self.port = port
+        self._queue = deque(script)
+        self._default = default or answer()
+        self._tls = tls
+        self._changed = threading.Condition()
+        self._connections: list[Connection] = []
+        self._threads: list[threading.Thread] = []
+        self._running = False
+
+    # -- what a test asks
+
+    @property
+    def url(self) -> str:
+        """Where it listens: `http://127.0.0.1:port`."""
+        return f"{'https' if self._tls else 'http'}://{HOST}:{self.port}"
+
+    @property
+    def connections(self) -> int:
+        """How many TCP connections were accepted so far."""
+        return len(self._connections)
+
+    @property
+    def open_connections(self) -> int:
+        """How many of them neither side has closed."""
+        return sum(not connection.over.is_set() for connection in self._connections)
+
+    def script(self, *replies: Reply) -> None:
+        """Queue further replies, one a request."""
+        with self._changed:
+            self._queue.extend(replies)
+
+    def wait_for(self, n: int, timeout: float = 5.0) -> None:
+        """Wait until `n` requests were seen, since the start."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: len(self.seen) >= n, timeout):
+                raise AssertionError(f"{len(self.seen)} of {n} requests came in {timeout} s")
+
+    def wait_left(self, connection: int = 1, timeout: float = 5.0) -> float:
+        """Wait until the peer closed that connection (the first is 1); the `time.monotonic()` when it did.
+
+        A half-close counts. Noticed whatever the reply is doing. It is an error if this side closed first.
+        """
+
+        def done() -> bool:
+            if len(self._connections) < connection:
+                return False
+            one = self._connections[connection - 1]
+            return one.left_at is not None or one.closed_here
+
+        with self._changed:
+            if not self._changed.wait_for(done, timeout):
+                raise AssertionError(f"the peer did not leave connection {connection} in {timeout} s")
+            left_at = self._connections[connection - 1].left_at
+        if left_at is None:
+            raise AssertionError(f"connection {connection} was closed by the fake itself")
+        return left_at
+
+    # -- its life
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Open the port and serve; once."""
+        self._listener = socket.socket()
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._listener.bind((HOST, self.port))
+        self._listener.listen(512)
+        self._listener.setblocking(False)
+        self.port = self._listener.getsockname()[1]
+        self._wake = os.eventfd(0)
+        self._running = True
+        self._acceptor = threading.Thread(target=self._watch, name=f"fake-upstream-{self.port}")
+        self._acceptor.start()
+
+    def stop(self) -> None:
+        """Close the port and every connection, and wait for the threads; more than once does no harm."""
+        if not self._running:
+            return
+        self._running = False
+        os.eventfd_write(self._wake, 1)
+        self._acceptor.join()
+        os.close(self._wake)
+        for connection in self._connections:
+            connection.shut()
+        for thread in self._threads:
+            thread.join(5)
+            if thread.is_alive():
+                raise AssertionError(f"{thread.name} did not end: a reply does not heed wire.hang()")
+
+    def _watch(self) -> None:
+        # One thread accepts and notices leaving peers, so that a descriptor number met in a batch of events
+        # still means the connection it was registered for: only an accept, which comes last, can reuse it.
+        known: dict[int, Connection] = {}
+        listening = self._listener.fileno()
+        with self._listener, select.epoll() as epoll:
+            epoll.register(self._wake, select.EPOLLIN)
+            epoll.register(listening, select.EPOLLIN)
+            while True:
+                ready = {fd for fd, _ in epoll.poll()}
+                if self._wake in ready:
+                    return
+                for fd in ready - {listening}:
+                    known[fd].mark_left()
+                if listening in ready:
+                    for connection in self._accept():
+                        fd = connection.sock.fileno()
+                        known[fd] = connection
+                        epoll.register(fd, select.EPOLLRDHUP | select.EPOLLONESHOT)
+                        self._threads[-1].start()
+
+    def _accept(self) -> Iterator[Connection]:
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                return
+            sock.setblocking(True)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            with self._changed:
+                connection = Connection(sock, len(self._connections) + 1, self._changed)
+                self._connections.append(connection)
+                self._changed.notify_all()
+            name = f"fake-upstream-{self.port}-{connection.ordinal}"
+            self._threads.append(threading.Thread(target=self._serve, args=(connection,), name=name))
+            yield connection
+
+    def _serve(self, connection: Connection) -> None:
+        try:
+            if self._tls:
+                connection.secure(self._tls)
+            inbox = Inbox(connection.recv)
+            while self._one(connection, inbox):
+                pass
+        except (PeerLeft, Ended):
+            pass
+        finally:
+            connection.close()
+
+    def _one(self, connection: Connection, inbox: Inbox) -> bool:
+        """Read one request and give its reply; False when the connection is to be closed."""
+        if not inbox.buffer:
+            inbox.fill()
+        if inbox.buffer.startswith(b"\x16"):  # a TLS client where none is expected: refused, as nginx does
+            connection.send(b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\n\r\n")
+            return False
+        first, *lines = inbox.until(b"\r\n\r\n").split(b"\r\n")
+        method, target, version = first.decode("latin-1").split(" ")
+        headers = _fields(lines)
+        with self._changed:
+            reply = self._queue.popleft() if self._queue else self._default
+        early = isinstance(reply, BeforeBody)
+        body = b"" if early else _request_body(headers, inbox)
+        seen = Seen(method, target, headers, body, connection.ordinal)
+        with self._changed:
+            self.seen.append(seen)
+            self._changed.notify_all()
+        wire = Wire(connection)
+        reply(wire, seen)
+        asked = (seen.header("connection") or "").lower()
+        over = early or wire.closing or connection.over.is_set() or asked == "close" or version != "HTTP/1.1"
+        return not over
+
+
+def _request_body(headers: list[tuple[str, str]], inbox: Inbox) -> bytes:
+    if (_first(headers, "transfer-encoding") or "").lower() == "chunked":
+        return b"".join(iter(inbox.chunk, b""))
+    return inbox.exactly(int(_first(headers, "content-length") or 0))
+
+
+# ------------------------------------------------------------------------------ what the API would say
+
+
+def event(name: str, data: Mapping[str, Any]) -> bytes:
+    """One server-sent event, as the API writes it."""
+    return f"event: {name}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n".encode()
+
+
+def ping() -> bytes:
+    """The API's keep-alive event."""
+    return event("ping", {"type": "ping"})
+
+
+def error_event(type: str = "overloaded_error", message: str = "Overloaded") -> bytes:
+    """An error that comes inside a stream, after its 200."""
+    return event("error", {"type": "error", "error": {"type": type, "message": message}})
+
+
+def tool_use(
+    name: str = "get_weather", input: Mapping[str, Any] | None = None, id: str = "toolu_01Fake"
+) -> dict[str, Any]:
+    """A tool_use block for `message_json`, `message_events` and `answer`."""
+    return {"type": "tool_use", "id": id, "name": name, "input": dict(input or {"city": "Oslo", "days": 3})}
+
+
+def _message(
+    text: str, model: str, usage: Mapping[str, Any] | None, tool: Mapping[str, Any] | None, id: str
+) -> dict[str, Any]:
+    content: list[dict[str, Any]] = [{"type": "text", "text": text}]
+    return {
+        "id": id,
+        "type": "message",
+        "role": "assistant",
+        "model": model,
+        "content": [*content, dict(tool)] if tool else content,
+        "stop_reason": "tool_use" if tool else "end_turn",
+        "stop_sequence": None,
+        "usage": {
+            "input_tokens": 10,
+            "cache_creation_input_tokens": 0,
+            "cache_read_input_tokens": 0,
+            "output_tokens": 5,
+            **(usage or {}),
+        },
+    }
+
+
+def message_json(
+    text: str = "ok",
+    model: str = "claude-x",
+    usage: Mapping[str, Any] | None = None,
+    tool: Mapping[str, Any] | None = None,
+    id: str = "msg_01Fake",
+) -> bytes:
+    """A whole Message; `message_events` of the same arguments spells an equal one."""
+    return json.dumps(_message(text, model, usage, tool, id), ensure_ascii=False).encode()
+
+
+def message_events(
+    text_pieces: Sequence[str] = ("o", "k"),
+    model: str = "claude-x",
+    usage: Mapping[str, Any] | None = None,
+    tool: Mapping[str, Any] | None = None,
+    id: str = "msg_01Fake",
+) -> list[bytes]:
+    """The events of one Message: message_start, ping, a text block, for `tool` a tool_use block, the end."""
+    message = _message("".join(text_pieces), model, usage, tool, id)
+    begun = {**message, "content": [], "stop_reason": None, "usage": {**message["usage"], "output_tokens": 1}}
+    out = [event("message_start", {"type": "message_start", "message": begun}), ping()]
+    deltas = [{"type": "text_delta", "text": piece} for piece in text_pieces]
+    out += _block(0, {"type": "text", "text": ""}, deltas)
+    if tool:
+        spelt = json.dumps(tool["input"])
+        pieces = ["", *(spelt[at : at + 7] for at in range(0, len(spelt), 7))]
+        deltas = [{"type": "input_json_delta", "partial_json": piece} for piece in pieces]
+        out += _block(1, {**tool, "input": {}}, deltas)
+    final = {"stop_reason": message["stop_reason"], "stop_sequence": None}
+    tokens = {"output_tokens": message["usage"]["output_tokens"]}
+    out.append(event("message_delta", {"type": "message_delta", "delta": final, "usage": tokens}))
+    out.append(event("message_stop", {"type": "message_stop"}))
+    return out
+
+
+def _block(index: int, start: Mapping[str, Any], deltas: Iterable[Mapping[str, Any]]) -> list[bytes]:
+    kind = {"type": "content_block_start", "index": index, "content_block": start}
+    out = [event("content_block_start", kind)]
+    for delta in deltas:
+        kind = {"type": "content_block_delta", "index": index, "delta": delta}
+        out.append(event("content_block_delta", kind))
+    out.append(event("content_block_stop", {"type": "content_block_stop", "index": index}))
+    return out
+
+
+# ---------------------------------------------------------------------------------- ready-made replies
+
+
+def _override(defaults: Headers, headers: Headers) -> list[tuple[str, str]]:
+    given = list(headers)
+    names = {name.lower() for name, _ in given}
+    pairs = [*((name, value) for name, value in defaults if name.lower() not in names), *given]
+    return [(name, value) for name, value in pairs if value is not None]
+
+
+def _new_request_id() -> str:
+    return f"req_fake{next(_request_ids):06d}"
+
+
+def _asks_for_stream(seen: Seen) -> bool:
+    try:
+        return bool(seen.json()["stream"])
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def answer(
+    text: str = "ok",
+    model: str | None = "claude-x",
+    usage: Mapping[str, Any] | None = None,
+    tool: Mapping[str, Any] | None = None,
+    headers: Headers = (),
+) -> Reply:
+    """A Message, or its event stream if the request asks for one; `model=None` echoes the request's model."""
+    pieces = [text[at : at + 5] for at in range(0, len(text), 5)]
+
+    def reply(wire: Wire, seen: Seen) -> None:
+        name = seen.json()["model"] if model is None else model
+        named = _override([("request-id", _new_request_id())], headers)
+        if _asks_for_stream(seen):
+            events(message_events(pieces, name, usage, tool), headers=named)(wire, seen)
+        else:
+            whole(200, message_json(text, name, usage, tool), headers=named)(wire, seen)
+
+    return reply
+
+
+def whole(
+    status: int = 200,
+    body: bytes = b"",
+    headers: Headers = (),
+    content_type: str = "application/json",
+    *,
+    framing: Framing = "length",
+    then: Ending = "end",
+    cut_at: int | None = None,
+) -> Reply:
+    """One body in one piece; `cut_at` with a `then` other than "end" breaks off after so many bytes of it."""
+    stream = [body]
+    return events(
+        stream, framing, 0.0, then, cut_at, status=status, headers=headers, content_type=content_type
+    )
+
+
+def error(
+    status: int,
+    type: str | None = None,
+    message: str = "the fake upstream refuses",
+    headers: Headers = (),
+    details: Mapping[str, Any] | None = None,
+) -> Reply:
+    """An error in the API's shape; its `request_id` is that of the `request-id` header."""
+    given = list(headers)
+    fault = {"type": type or ERROR_TYPES.get(status, "api_error"), "message": message}
+
+    def reply(wire: Wire, seen: Seen) -> None:
+        pairs = _override([("request-id", _new_request_id())], given)
+        shown = {**fault, "details": details} if details else fault
+        body = {"type": "error", "error": shown, "request_id": _first(pairs, "request-id")}
+        whole(status, json.dumps(body).encode(), pairs)(wire, seen)
+
+    return reply
+
+
+def events(
+    items: Sequence[Item],
+    framing: Framing = "chunked",
+    gap: float = 0.0,
+    then: Ending = "end",
+    cut_at: int | None = None,
+    *,
+    torn: bool = False,
+    status: int = 200,
+    headers: Headers = (),
+    content_type: str = "text/event-stream; charset=utf-8",
+) -> Reply:
+    """A stream, each event sent by itself; `gap` seconds between them.
+
+    An item that is a number is a pause in seconds, one that is a `threading.Event` a gate to wait for. `then`
+    says what follows the last event: the framing's own end, a FIN without it ("cut"), a RST, or silence.
+    `cut_at` sends only so many bytes of the last event, as a well-formed chunk; with `torn` the cut falls
+    inside a chunk whose size promised the whole event.
+    """
+    sent, promised = _cut(items, cut_at)
+    length = _size(sent if then == "end" else items)
+    if then != "end" and cut_at is None:
+        length += 64  # else a body of known length would be complete before the break
+    framed = {
+        "chunked": ("transfer-encoding", "chunked"),
+        "length": ("content-length", str(length)),
+        "close": ("connection", "close"),
+    }[framing]
+    pairs = _override([("content-type", content_type), framed], headers)
+
+    def reply(wire: Wire, seen: Seen) -> None:
+        wire.head(status, pairs)
+        if seen.method == "HEAD":
+            return
+        for n, item in enumerate(sent):
+            if n and gap:
+                wire.pause(gap)
+            if not isinstance(item, bytes):
+                wire.pause(item)
+            elif framing != "chunked":
+                wire.send(item)
+            elif torn and n == len(sent) - 1:
+                wire.send(b"%x\r\n%b" % (promised, item))
+            else:
+                wire.chunk(item)
+        if then != "end":
+            _END[then](wire)
+        elif framing == "chunked":
+            wire.end()
+
+    return reply
+
+
+def _size(items: Iterable[Item]) -> int:
+    return sum(len(item) for item in items if isinstance(item, bytes))
+
+
+def _cut(items: Sequence[Item], cut_at: int | None) -> tuple[list[Item], int]:
+    """The items with the last one cut, and the size it had."""
+    if not items or not isinstance(items[-1], bytes):
+        if cut_at is not None:
+            raise ValueError("cut_at needs bytes as the last item")
+        return list(items), 0
+    return [*items[:-1], items[-1][:cut_at]], len(items[-1])
+
+
+_END: dict[str, Callable[[Wire], object]] = {
+    "cut": Wire.close,
+    "close": Wire.close,
+    "reset": Wire.reset,
+    "hang": Wire.hang,
+    "keep": lambda wire: None,
+}
+
+
+def raw(data: bytes, then: Literal["close", "keep", "hang", "reset"] = "close") -> Reply:
+    """Literal bytes, head and all."""
+
+    def reply(wire: Wire, seen: Seen) -> None:
+        wire.send(data)
+        _END[then](wire)
+
+    return reply
+
+
+def close_now() -> Reply:
+    """Read the request, then close without a byte."""
+    return raw(b"", "close")
+
+
+def reset_now() -> Reply:
+    """Read the request, then break the connection without a byte."""
+    return raw(b"", "reset")
+
+
+def refuse_after_head() -> Reply:
+    """Close without a byte as soon as the request's head was read, its body unread."""
+    return BeforeBody(close_now())
+
+
+def head_only(
+    status: int = 200,
+    then: Ending = "cut",
+    content_type: str = "text/event-stream; charset=utf-8",
+    headers: Headers = (),
+) -> Reply:
+    """The head of an answer, and no byte of its body."""
+    return events([], then=then, status=status, headers=headers, content_type=content_type)
+
+
+def early_refusal(status: int, drain: bool = False, headers: Headers = ()) -> Reply:
+    """An error before the request's body is read, then a close; `drain` reads the body away first.
+
+    Without `drain` the unread body makes the close a RST; nginx drains.
+    """
+    refusal = error(status, headers=[*headers, ("connection", "close")])
+
+    def reply(wire: Wire, seen: Seen) -> None:
+        refusal(wire, seen)
+        if drain:
+            wire.drain()
+
+    return BeforeBody(reply)
+
+
+class close_if_reused:
+    """Answers the first request on a connection; closes, without a byte, when another comes on the same one.
+
+    Use one object as `default`, so that it meets every request; `closed` counts.
+    """
+
+    def __init__(self, reply: Reply | None = None) -> None:
+        self.closed = 0
+        self._reply = reply or answer()
+        self._met: set[int] = set()
+        self._lock = threading.Lock()
+
+    def __call__(self, wire: Wire, seen: Seen) -> None:
+        with self._lock:
+            again = seen.connection in self._met
+            self._met.add(seen.connection)
+            self.closed += again
+        if again:
+            wire.close()
+        else:
+            self._reply(wire, seen)
+
+
+def hang() -> Reply:
+    """Never answer; ends when the peer leaves."""
+    return raw(b"", "hang")
+
+
+def stalled_upload() -> Reply:
+    """Read the request's head and then nothing more, not even its body; ends when the peer leaves.
+
+    A FIN waits behind whatever the full receive buffer has no room for, so only a RST is noticed then.
+    """
+    return BeforeBody(hang())
+
+
+def later(item: float | threading.Event, reply: Reply) -> Reply:
+    """Give that reply after so many seconds, or when the gate opens."""
+
+    def delayed(wire: Wire, seen: Seen) -> None:
+        wire.pause(item)
+        reply(wire, seen)
+
+    return delayed
+
+
+def trickle(
+    data: bytes,
+    every: float,
+    size: int = 1,
+    content_type: str | None = "text/event-stream; charset=utf-8",
+    status: int = 200,
+) -> Reply:
+    """Send `size` bytes of a body every so many seconds, chunked; without a content type as literal bytes."""
+
+    def reply(wire: Wire, seen: Seen) -> None:
+        put = wire.send if content_type is None else wire.chunk
+        if content_type is not None:
+            wire.head(status, [("content-type", content_type), ("transfer-encoding", "chunked")])
+        for at in range(0, len(data), size):
+            put(data[at : at + size])
+            wire.pause(every)
+        if content_type is not None:
+            wire.end()
+
+    return reply
+
+
+def gzipped(
+    data: bytes | Sequence[bytes],
+    content_type: str = "application/json",
+    status: int = 200,
+    headers: Headers = (),
+) -> Reply:
+    """A body compressed though nobody asked; a list is sent chunked, each piece readable when it arrives."""
+    pieces = [data] if isinstance(data, bytes) else list(data)
+    packer = zlib.compressobj(wbits=31)
+    packed = [packer.compress(piece) + packer.flush(zlib.Z_SYNC_FLUSH) for piece in pieces]
+    packed.append(packer.flush())
+    pairs = [*headers, ("content-encoding", "gzip")]
+    if isinstance(data, bytes):
+        return whole(status, b"".join(packed), pairs, content_type)
+    return events(packed, status=status, headers=pairs, content_type=content_type)
+
+
+# ------------------------------------------------------------------------------ ports and certificates
+
+# Below the range from which the kernel takes ports for outgoing connections and for bind(0), so that a port
+# stays free between the choice and its use.
+_begin = random.SystemRandom().randrange(10240, 32000)
+_ports: Iterator[int] = iter([*range(_begin, 32000), *range(10240, _begin)])
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 on which nobody listens; not given twice in one run."""
+    for port in _ports:
+        with socket.socket() as sock:
+            try:
+                sock.bind((HOST, port))
+            except OSError:
+                continue
+            return port
+    raise AssertionError("no port is free")
+
+
+def dead_port() -> int:
+    """A port of 127.0.0.1 that refuses connections."""
+    return free_port()
+
+
+@contextlib.contextmanager
+def blackhole() -> Iterator[int]:
+    """A port of 127.0.0.1 where connect() hangs: its listener's queue is full and nobody accepts."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket())
+        listener.bind((HOST, 0))
+        listener.listen(0)
+        for _ in range(16):
+            filler = stack.enter_context(socket.socket())
+            filler.setblocking(False)
+            filler.connect_ex(listener.getsockname())
+            if not select.select([], [filler], [], 0.05)[1]:
+                break
+        else:
+            raise AssertionError("the listener's queue does not fill")
+        port: int = listener.getsockname()[1]
+        yield port
+
+
+# Made anew in each run; trusted by nobody who is not told to.
+_AUTHORITY = trustme.CA()
+LOOPBACK_CERT = _AUTHORITY.cert_pem.bytes().decode()
+
+
+def loopback_tls() -> ssl.SSLContext:
+    """A server context for `FakeUpstream(tls=...)`; clients trust it by `LOOPBACK_CERT` (PEM text)."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    _AUTHORITY.issue_cert(HOST, "localhost").configure_cert(context)
+    return context
+
+
+# ------------------------------------------------------------------------------------------ the client
+
+
+class Piece(NamedTuple):
+    """A piece of a body: a whole chunk if it is chunked, else what one read gave; `at` is monotonic."""
+
+    at: float
+    data: bytes
+
+
+class Answer:
+    """An answer whose head was read; its body comes by `pieces()` or `read()`.
+
+    `ending`, once the body was read: "end" by its own framing, "cut" by a FIN before that, "reset" by a RST
+    before that, "close" by a FIN where the head promised no other end. `body` keeps what came before a cut.
+    """
+
+    def __init__(self, inbox: Inbox, was_reset: Callable[[], bool], bodyless: bool) -> None:
+        self._inbox = inbox
+        self._was_reset = was_reset
+        self.interim: list[int] = []
+        while True:
+            first, *lines = inbox.until(b"\r\n\r\n").decode("latin-1").split("\r\n")
+            _, status, self.reason = f"{first} ".split(" ", 2)
+            self.status = int(status)
+            if self.status >= 200:
+                break
+            self.interim.append(self.status)
+        self.reason = self.reason.strip()
+        self.headers = _fields(line.encode("latin-1") for line in lines)
+        self.head_at = inbox.at
+        self.got: list[Piece] = []
+        self.ending: Literal["end", "cut", "reset", "close"] | None = None
+        self._bodyless = bodyless or self.status in {204, 304}
+
+    def header(self, name: str) -> str | None:
+        """The first header of that name, in any case."""
+        return _first(self.headers, name)
+
+    @property
+    def body(self) -> bytes:
+        """What was read of the body so far, without its framing."""
+        return b"".join(piece.data for piece in self.got)
+
+    def json(self) -> Any:
+        """The body, parsed."""
+        return json.loads(self.body)
+
+    def read(self) -> Self:
+        """Read the body to its end, whatever that is."""
+        for _ in self.pieces():
+            pass
+        return self
+
+    def pieces(self) -> Iterator[Piece]:
+        """The rest of the body, piece by piece, each as soon as it is there."""
+        for data in self._data():
+            self.got.append(Piece(self._inbox.at, data))
+            yield self.got[-1]
+
+    def _data(self) -> Iterator[bytes]:
+        length = self.header("content-length")
+        try:
+            if self._bodyless:
+                pass
+            elif (self.header("transfer-encoding") or "").lower() == "chunked":
+                yield from iter(self._inbox.chunk, b"")
+            else:
+                yield from self._counted(None if length is None else int(length))
+            self.ending = "end"
+        except Ended:
+            if self._was_reset():
+                self.ending = "reset"
+            else:
+                framed = length is not None or self.header("transfer-encoding") is not None
+                self.ending = "cut" if framed else "close"
+            if self._inbox.buffer:
+                yield self._inbox.take(len(self._inbox.buffer))
+
+    def _counted(self, length: int | None) -> Iterator[bytes]:
+        left = length
+        while left is None or left > 0:
+            if not self._inbox.buffer:
+                self._inbox.fill()
+            data = self._inbox.take(len(self._inbox.buffer) if left is None else left)
+            left = None if left is None else left - len(data)
+            yield data
+
+
+class RawClient:
+    """A client on a bare socket: sends what it is told, and tells bytes, times and endings apart.
+
+    `raw` keeps every byte received. Each read waits at most `timeout` seconds and then raises `TimeoutError`.
+    """
+
+    def __init__(self, host: str, port: int, timeout: float = 5.0) -> None:
+        sock = socket.create_connection((host, port), timeout)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._adopt(sock)
+
+    def _adopt(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.raw = bytearray()
+        self.was_reset = False
+        self._bodyless = False
+        self._inbox = Inbox(self._recv)
+
+    @classmethod
+    def to(cls, url: str, timeout: float = 5.0) -> Self:
+        """Connect to where that URL points."""
+        parts = urlsplit(url)
+        return cls(parts.hostname or HOST, parts.port or 80, timeout)
+
+    @classmethod
+    def on(cls, sock: socket.socket) -> Self:
+        """Use a socket that is connected already, for instance one under TLS."""
+        client = cls.__new__(cls)
+        client._adopt(sock)
+        return client
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def send(self, data: bytes) -> None:
+        """Send literal bytes."""
+        self.sock.sendall(data)
+
+    def request(
+        self,
+        method: str,
+        target: str,
+        body: bytes | Mapping[str, Any] = b"",
+        headers: Iterable[tuple[str, str]] = (),
+        chunked: bool = False,
+    ) -> None:
+        """Send a request with `host`, the framing, and exactly the headers given; a mapping goes as JSON."""
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        pairs = [("host", HOST), *headers]
+        if chunked:
+            pairs.append(("transfer-encoding", "chunked"))
+            halves = (data[: len(data) // 2], data[len(data) // 2 :])
+            data = b"".join(b"%x\r\n%b\r\n" % (len(half), half) for half in halves if half) + b"0\r\n\r\n"
+        elif data or method not in {"GET", "HEAD"}:
+            pairs.append(("content-length", str(len(data))))
+        lines = [f"{method} {target} HTTP/1.1", *(f"{name}: {value}" for name, value in pairs), "", ""]
+        self._bodyless = method == "HEAD"
+        self.send("\r\n".join(lines).encode("latin-1") + data)
+
+    def post(
+        self, body: bytes | Mapping[str, Any], target: str = "/v1/messages", headers: Headers = ()
+    ) -> None:
+        """Send a JSON request to the Messages API."""
+        self.request("POST", target, body, _override([("content-type", "application/json")], headers))
+
+    def answer(self) -> Answer:
+        """Read the next answer's head; raises `Ended` when the server closes without one."""
+        return Answer(self._inbox, lambda: self.was_reset, self._bodyless)
+
+    def read(self) -> Answer:
+        """Read the next answer, head and body."""
+        return self.answer().read()
+
+    def wait_closed(self) -> float:
+        """Wait until the server closed, throwing away what comes before; the `time.monotonic()` of it."""
+        while self._recv():
+            pass
+        return time.monotonic()
+
+    def close(self) -> None:
+        """Leave (FIN)."""
+        self.sock.close()
+
+    def half_close(self) -> None:
+        """Say that nothing more will be sent, and go on listening."""
+        self.sock.shutdown(socket.SHUT_WR)
+
+    def reset(self) -> None:
+        """Leave by breaking the connection (RST)."""
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.sock.close()
+
+    def _recv(self) -> bytes:
+        try:
+            data = self.sock.recv(PIECE)
+        except (ConnectionResetError, BrokenPipeError):
+            self.was_reset = True
+            return b""
+        self.raw += data
+        return data
+
+
+def read_http(sock: socket.socket) -> Answer:
+    """Read one whole answer from a connected socket."""
+    return RawClient.on(sock).read()

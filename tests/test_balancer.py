@@ -1,0 +1,141 @@
+"""Weighted round robin, the model filter, and the way one request takes."""
+
+import itertools
+import threading
+from collections import Counter
+
+import pytest
+
+from aiproxy.balancer import Balancer
+from aiproxy.breaker import Breaker, Outcome, Pass
+from aiproxy.config import UpstreamSettings
+from aiproxy.upstream import Upstream
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+def upstream(name, weight=1, available=(), mappings=None, clock=None):
+    settings = UpstreamSettings(
+        name=name,
+        base_url=f"http://{name}.test",
+        token="sk-test-token",
+        weight=weight,
+        available_models=frozenset(available),
+        model_mappings=mappings or {},
+    )
+    return Upstream(settings, Breaker(3, 1800, clock or Clock()))
+
+
+def serve(balancer, down=(), model="m"):
+    """The name of the upstream that answers one request; `down` ones fail each attempt."""
+    walk = balancer.candidates(model)
+    while (choice := walk.next(last_resort=True)) is not None:
+        failed = choice.upstream.name in down
+        choice.upstream.breaker.settle(choice.permit, Outcome.FAILURE if failed else Outcome.SUCCESS)
+        if not failed:
+            return choice.upstream.name
+    return None
+
+
+def test_the_order_is_nginx_s_smooth_one():
+    balancer = Balancer([upstream("a", 5), upstream("b", 1), upstream("c", 1)])
+    assert "".join(serve(balancer) for _ in range(14)) == "aabacaa" * 2
+
+
+def test_weights_three_to_one_give_three_hundred_to_one_hundred():
+    balancer = Balancer([upstream("a", 3), upstream("b", 1)])
+    assert Counter(serve(balancer) for _ in range(400)) == {"a": 300, "b": 100}
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations("abx")))
+@pytest.mark.parametrize("weight", [1, 2, 3, 10])
+def test_weights_hold_while_a_third_upstream_is_down(order, weight):
+    made = {"a": upstream("a", 3), "b": upstream("b", 1), "x": upstream("x", weight)}
+    balancer = Balancer([made[name] for name in order])
+    assert Counter(serve(balancer, down="x") for _ in range(400)) == {"a": 300, "b": 100}
+
+
+def test_weights_hold_under_many_threads():
+    balancer = Balancer([upstream("a", 3), upstream("b", 1)])
+    counts = Counter()
+    lock = threading.Lock()
+
+    def work():
+        mine = Counter(serve(balancer) for _ in range(500))
+        with lock:
+            counts.update(mine)
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert counts == {"a": 3000, "b": 1000}
+
+
+def test_a_weight_of_zero_or_less_counts_as_one():
+    balancer = Balancer([upstream("a", 0), upstream("b", -5)])
+    assert Counter(serve(balancer) for _ in range(10)) == {"a": 5, "b": 5}
+
+
+def test_only_upstreams_that_serve_the_model_are_candidates():
+    balancer = Balancer([upstream("a", available=["x"]), upstream("b", available=["y"]), upstream("c")])
+    assert {serve(balancer, model="x") for _ in range(4)} == {"a", "c"}
+    assert Balancer([upstream("a", available=["x"])]).candidates("y").is_empty
+
+
+def test_the_filter_looks_at_the_client_s_name_of_a_model_not_at_the_mapped_one():
+    mapped = upstream("a", available=["opus"], mappings={"opus": "opus-4"})
+    assert mapped.serves("opus")
+    assert not mapped.serves("opus-4")
+    assert mapped.model_for("opus") == "opus-4"
+    assert mapped.model_for("other") == "other"
+
+
+def test_a_request_meets_each_upstream_at_most_once():
+    balancer = Balancer([upstream("a", 10), upstream("b"), upstream("c")])
+    walk = balancer.candidates("m")
+    met = []
+    while (choice := walk.next(last_resort=True)) is not None:
+        met.append(choice.upstream.name)
+    assert sorted(met) == ["a", "b", "c"]
+
+
+def test_an_open_upstream_is_passed_over_and_the_last_resort_comes_soonest_due_first():
+    clock = Clock()
+    late, soon, closed = upstream("late", clock=clock), upstream("soon", clock=clock), upstream("closed")
+    for _ in range(3):
+        soon.breaker.settle(soon.breaker.acquire(), Outcome.FAILURE)
+    clock.now += 10
+    for _ in range(3):
+        late.breaker.settle(late.breaker.acquire(), Outcome.FAILURE)
+    walk = Balancer([late, soon, closed]).candidates("m")
+    assert walk.next(last_resort=True).upstream is closed
+    choice = walk.next(last_resort=True)
+    assert (choice.upstream, choice.permit.kind) == (soon, Pass.LAST_RESORT)
+    assert walk.next(last_resort=True).upstream is late
+    assert walk.next(last_resort=True) is None
+
+
+def test_without_leave_the_open_ones_are_left_alone():
+    opened = upstream("a")
+    for _ in range(3):
+        opened.breaker.settle(opened.breaker.acquire(), Outcome.FAILURE)
+    assert Balancer([opened]).candidates("m").next(last_resort=False) is None
+
+
+def test_an_upstream_that_is_due_takes_one_trial():
+    clock = Clock()
+    due, other = upstream("due", 100, clock=clock), upstream("other", 1)
+    for _ in range(3):
+        due.breaker.settle(due.breaker.acquire(), Outcome.FAILURE)
+    clock.now += 1800
+    balancer = Balancer([due, other])
+    first = balancer.candidates("m").next(last_resort=True)
+    assert (first.upstream, first.is_trial) == (due, True)
+    assert balancer.candidates("m").next(last_resort=True).upstream is other

@@ -1,0 +1,120 @@
+"""Reading and splicing request bodies."""
+
+import json
+
+import pytest
+
+from aiproxy import body
+from aiproxy.errors import ApiError
+
+
+def test_an_unspliced_body_is_the_very_same_bytes():
+    raw = b' { "model" : "m" ,\n "n": 1.10, "stream":true } '
+    assert body.read(raw).spliced("m", stream=True) is raw
+
+
+def test_splicing_the_model_keeps_every_other_value_s_bytes():
+    raw = (
+        b'{"model":"m","a": 1.10 ,"b":1e400,"c":123456789012345678901234567890,'
+        b'"d":{"x" : [1, 2]},"e":"\\u00e9"}'
+    )
+    spliced = body.read(raw).spliced("mapped", stream=False)
+    assert spliced == (
+        b'{"model":"mapped","a":1.10,"b":1e400,"c":123456789012345678901234567890,'
+        b'"d":{"x" : [1, 2]},"e":"\\u00e9"}'
+    )
+
+
+def test_splicing_the_stream_adds_or_replaces_it():
+    assert body.read(b'{"model":"m"}').spliced("m", stream=True) == b'{"model":"m","stream":true}'
+    assert (
+        body.read(b'{"stream":false,"model":"m"}').spliced("m", stream=True) == b'{"stream":true,"model":"m"}'
+    )
+
+
+def test_of_duplicate_keys_the_last_one_stays():
+    read = body.read(b'{"model":"a","x":1,"model":"b","x":2}')
+    assert read.model == "b"
+    assert read.spliced("c", stream=False) == b'{"model":"c","x":2}'
+
+
+def test_a_lone_surrogate_is_no_reason_to_refuse_and_keeps_every_byte():
+    raw = b'{"model":"m", "x":"\\ud800", "n": 1.10, "big":1e400, "k":[1 ,2]}'
+    assert body.read(raw).spliced("z", stream=False) == (
+        b'{"model":"z","x":"\\ud800","n":1.10,"big":1e400,"k":[1 ,2]}'
+    )
+
+
+def test_a_key_that_is_a_lone_surrogate_survives():
+    spliced = body.read(b'{"\\ud800":1,"model":"m"}').spliced("z", stream=False)
+    assert json.loads(spliced) == {"\ud800": 1, "model": "z"}
+
+
+def test_an_integer_of_ten_thousand_digits_survives_beside_a_lone_surrogate():
+    digits = b"7" * 10_000
+    spliced = body.read(b'{"model":"m","x":"\\ud800","n":' + digits + b"}").spliced("z", stream=False)
+    assert digits in spliced
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"[]",
+        b"null",
+        b'"model"',
+        b"not json",
+        b'{"model":"m"',
+        b'{"model":"m"} x',
+        b'{"model":"m","x":NaN}',
+        b'{"model":"m","x":"\\ud800",}',
+        b'{"model":"m" "x":"\\ud800"}',
+        b'{"model":"m","x":"\\ud800"} x',
+        b"\xff\xfe{}",
+        b'{"model":"m","x":' + b"[" * 200_000 + b"]" * 200_000 + b"}",
+        b'{"x":' * 200_000 + b"1" + b"}" * 200_000,
+    ],
+)
+def test_what_is_no_json_object_is_refused(raw):
+    with pytest.raises(ApiError) as refused:
+        body.read(raw)
+    assert (refused.value.status, refused.value.type) == (400, "invalid_request_error")
+
+
+@pytest.mark.parametrize(
+    "raw", [b"{}", b'{"model":1}', b'{"model":null}', b'{"model":""}', b'{"model":["m"]}']
+)
+def test_a_body_without_a_string_model_is_refused(raw):
+    with pytest.raises(ApiError, match="model"):
+        body.read(raw)
+
+
+@pytest.mark.parametrize("stream", [b'"true"', b"1", b"{}"])
+def test_a_stream_that_is_no_boolean_is_refused(stream):
+    with pytest.raises(ApiError, match="stream"):
+        body.read(b'{"model":"m","stream":' + stream + b"}")
+
+
+def test_stream_may_be_absent_null_or_explicit():
+    assert body.read(b'{"model":"m"}').stream is False
+    assert body.read(b'{"model":"m","stream":null}').stream is False
+    assert body.read(b'{"model":"m","stream":false}').stream is False
+    assert body.read(b'{"model":"m","stream":true}').stream is True
+
+
+def preview(messages, limit=100):
+    return body.read(json.dumps({"model": "m", "messages": messages}).encode()).preview(limit)
+
+
+def test_the_preview_is_the_last_user_text():
+    assert preview([{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]) == "one"
+    blocks = [{"type": "text", "text": "first"}, {"type": "image"}, {"type": "text", "text": "last"}]
+    assert preview([{"role": "user", "content": "one"}, {"role": "user", "content": blocks}]) == "last"
+    assert preview([{"role": "user", "content": "abcdef"}], limit=3) == "abc"
+
+
+@pytest.mark.parametrize(
+    "messages", [[], None, "x", [1], [{"role": "user"}], [{"role": "user", "content": 5}]]
+)
+def test_a_preview_of_odd_messages_is_empty(messages):
+    assert preview(messages) == ""

@@ -1,0 +1,194 @@
+"""The circuit breaker, on a clock that only moves when told."""
+
+import pytest
+
+from aiproxy.breaker import Breaker, Change, Outcome, Pass
+
+
+class Clock:
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def breaker(clock):
+    return Breaker(failures=3, cooldown=1800, clock=clock)
+
+
+def fail(breaker, times=1):
+    change = None
+    for _ in range(times):
+        change = breaker.settle(breaker.acquire(), Outcome.FAILURE)
+    return change
+
+
+def open_and_wait(breaker, clock):
+    fail(breaker, 3)
+    clock.now += 1800
+
+
+def test_three_failures_in_a_row_open_it_for_the_cooldown(breaker, clock):
+    assert fail(breaker, 2) is None
+    assert breaker.usable()
+    assert fail(breaker) == Change("open", 1800)
+    assert breaker.acquire() is None
+    clock.now += 1799.9
+    assert breaker.acquire() is None
+    clock.now += 0.1
+    assert breaker.acquire().kind is Pass.TRIAL
+
+
+def test_a_success_between_failures_starts_the_count_again(breaker):
+    fail(breaker, 2)
+    breaker.settle(breaker.acquire(), Outcome.SUCCESS)
+    fail(breaker, 2)
+    assert breaker.usable()
+
+
+def test_a_success_whose_attempt_began_before_the_latest_failure_resets_nothing(breaker):
+    early = breaker.acquire()
+    fail(breaker, 2)
+    breaker.settle(early, Outcome.SUCCESS)
+    fail(breaker)
+    assert not breaker.usable()
+
+
+def test_an_undecided_attempt_changes_nothing(breaker):
+    fail(breaker, 2)
+    breaker.settle(breaker.acquire(), Outcome.UNDECIDED)
+    fail(breaker)
+    assert not breaker.usable()
+
+
+def test_one_trial_at_a_time(breaker, clock):
+    open_and_wait(breaker, clock)
+    trial = breaker.acquire()
+    assert breaker.acquire() is None
+    breaker.settle(trial, Outcome.UNDECIDED)
+    assert breaker.acquire().kind is Pass.TRIAL
+
+
+def test_a_good_trial_closes_it(breaker, clock):
+    open_and_wait(breaker, clock)
+    assert breaker.settle(breaker.acquire(), Outcome.SUCCESS) == Change("closed")
+    assert breaker.acquire().kind is Pass.ORDINARY
+    assert fail(breaker, 2) is None
+
+
+def test_a_failed_trial_opens_it_again_for_the_whole_cooldown(breaker, clock):
+    open_and_wait(breaker, clock)
+    assert breaker.settle(breaker.acquire(), Outcome.FAILURE) == Change("open", 1800)
+    clock.now += 1799
+    assert not breaker.usable()
+    clock.now += 1
+    assert breaker.usable()
+
+
+def test_a_trial_is_a_success_at_its_commit_point_and_its_later_break_one_failure(breaker, clock):
+    open_and_wait(breaker, clock)
+    permit, change = breaker.commit(breaker.acquire())
+    assert change == Change("closed")
+    assert permit.kind is Pass.ORDINARY
+    breaker.settle(permit, Outcome.FAILURE)
+    assert breaker.usable()
+    fail(breaker, 2)
+    assert not breaker.usable()
+
+
+def test_an_ordinary_permit_is_no_success_at_its_commit_point(breaker):
+    fail(breaker, 2)
+    permit, change = breaker.commit(breaker.acquire())
+    assert change is None
+    breaker.settle(permit, Outcome.FAILURE)
+    assert not breaker.usable()
+
+
+def test_a_late_result_from_before_the_opening_is_dropped(breaker, clock):
+    late = [breaker.acquire() for _ in range(3)]
+    open_and_wait(breaker, clock)
+    for permit in late[:2]:
+        breaker.settle(permit, Outcome.FAILURE)
+    assert breaker.usable()
+    breaker.settle(late[2], Outcome.SUCCESS)
+    assert breaker.acquire().kind is Pass.TRIAL
+
+
+def test_a_late_result_from_before_the_closing_is_dropped(breaker, clock):
+    late = breaker.acquire()
+    open_and_wait(breaker, clock)
+    breaker.settle(breaker.acquire(), Outcome.SUCCESS)
+    fail(breaker, 2)
+    breaker.settle(late, Outcome.FAILURE)
+    assert breaker.usable()
+
+
+def test_a_last_resort_success_closes_it(breaker):
+    fail(breaker, 3)
+    permit = breaker.acquire_last_resort()
+    assert permit.kind is Pass.LAST_RESORT
+    assert breaker.settle(permit, Outcome.SUCCESS) == Change("closed")
+    assert breaker.usable()
+
+
+def test_a_last_resort_failure_changes_nothing(breaker, clock):
+    fail(breaker, 3)
+    clock.now += 1000
+    breaker.settle(breaker.acquire_last_resort(), Outcome.FAILURE)
+    breaker.rest(breaker.acquire_last_resort(), 1800)
+    clock.now += 800
+    assert breaker.usable()
+
+
+def test_a_last_resort_attempt_leaves_the_running_trial_alone(breaker, clock):
+    open_and_wait(breaker, clock)
+    breaker.acquire()
+    breaker.settle(breaker.acquire_last_resort(), Outcome.FAILURE)
+    assert breaker.acquire() is None
+
+
+def test_it_rests_as_long_as_asked_and_counts_nothing(breaker, clock):
+    fail(breaker, 2)
+    assert breaker.rest(breaker.acquire(), 20) == Change("resting", 20)
+    assert not breaker.usable()
+    assert breaker.due() == clock.now + 20
+    clock.now += 20
+    assert breaker.acquire().kind is Pass.ORDINARY
+    fail(breaker)
+    assert not breaker.usable()
+
+
+def test_it_rests_no_longer_than_the_cooldown(breaker, clock):
+    breaker.rest(breaker.acquire(), 1e9)
+    clock.now += 1800
+    assert breaker.usable()
+
+
+def test_of_two_rests_the_later_deadline_wins(breaker, clock):
+    first, second = breaker.acquire(), breaker.acquire()
+    breaker.rest(first, 30)
+    breaker.rest(second, 10)
+    clock.now += 29
+    assert not breaker.usable()
+    clock.now += 1
+    assert breaker.usable()
+
+
+def test_a_resting_trial_is_tried_again_after_its_rest(breaker, clock):
+    open_and_wait(breaker, clock)
+    breaker.rest(breaker.acquire(), 5)
+    assert not breaker.usable()
+    clock.now += 5
+    assert breaker.acquire().kind is Pass.TRIAL
+
+
+def test_a_rest_of_no_seconds_rests_not_at_all(breaker):
+    assert breaker.rest(breaker.acquire(), 0) is None
+    assert breaker.usable()

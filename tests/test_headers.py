@@ -1,0 +1,98 @@
+"""What crosses the proxy, each way."""
+
+import pytest
+
+from aiproxy.headers import media_type, to_client, to_upstream
+
+CREDENTIAL = ("x-api-key", "sk-test-upstream")
+
+
+def up(*pairs, extra=()):
+    return to_upstream(pairs, CREDENTIAL, list(extra))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "anthropic-version",
+        "anthropic-beta",
+        "anthropic-workspace-id",
+        "anthropic-something-new",
+        "user-agent",
+        "x-stainless-retry-count",
+        "x-claude-code-session-id",
+        "x-app",
+        "traceparent",
+        "content-type",
+        "accept",
+    ],
+)
+def test_what_the_client_sent_goes_on(name):
+    assert (name, "v") in up((name, "v"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    (
+        "connection keep-alive proxy-authenticate proxy-authorization te trailer transfer-encoding upgrade "
+        "host content-length expect origin cookie authorization x-api-key accept-encoding forwarded via "
+        "x-forwarded-for x-forwarded-host x-forwarded-anything x-real-ip cf-connecting-ip cf-ray"
+    ).split(),
+)
+def test_what_belongs_to_the_client_s_hop_stays_here(name):
+    sent = up((name, "theirs"), (name.title(), "theirs"))
+    assert "theirs" not in [value for _, value in sent]
+
+
+def test_headers_that_connection_names_stay_here():
+    sent = up(("Connection", "X-One, close"), ("x-one", "1"), ("x-two", "2"))
+    assert [name for name, _ in sent if name.startswith("x-") and name != "x-api-key"] == ["x-two"]
+
+
+def test_exactly_one_credential_goes_out():
+    sent = up(("Authorization", "Bearer sk-test-client"), ("X-Api-Key", "sk-test-client"))
+    assert [pair for pair in sent if pair[0] in ("authorization", "x-api-key")] == [CREDENTIAL]
+
+
+def test_the_upstream_is_asked_for_identity():
+    assert ("accept-encoding", "identity") in up(("accept-encoding", "gzip, br"))
+
+
+def test_configured_headers_replace_the_client_s():
+    sent = up(("x-team", "client"), extra=[("x-team", "configured")])
+    assert [value for name, value in sent if name == "x-team"] == ["configured"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    (
+        "connection keep-alive transfer-encoding upgrade trailer content-length set-cookie server date "
+        "alt-svc x-aiproxy-upstream"
+    ).split(),
+)
+def test_what_belongs_to_the_upstream_s_hop_stays_here(name):
+    assert to_client([(name.title(), "v")]) == []
+
+
+def test_everything_else_comes_back_repeated_headers_included():
+    pairs = [("request-id", "req_1"), ("anthropic-ratelimit-tokens-limit", "1"), ("x-a", "1"), ("x-a", "2")]
+    assert to_client(pairs) == pairs
+
+
+def test_the_content_encoding_stays_unless_it_was_undone():
+    assert to_client([("content-encoding", "gzip")]) == [("content-encoding", "gzip")]
+    assert to_client([("content-encoding", "gzip")], decoded=True) == []
+
+
+def test_a_folded_header_becomes_one_line_and_what_is_no_header_is_dropped():
+    pairs = [("x-folded", "one\r\n  two"), ("x-bell", "a\x07b"), ("bad name", "v"), ("x-good", "caf\xe9")]
+    assert to_client(pairs) == [("x-folded", "one two"), ("x-good", "caf\xe9")]
+
+
+def test_headers_that_the_upstream_s_connection_names_stay_here():
+    assert to_client([("connection", "x-hop"), ("x-hop", "1")]) == []
+
+
+def test_the_media_type_is_told_without_its_parameters():
+    assert media_type([("Content-Type", "Text/Event-Stream; charset=utf-8")]) == "text/event-stream"
+    assert media_type([]) == ""
