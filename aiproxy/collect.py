@@ -89,7 +89,7 @@ class Collector:
         self._blocks[index] = block
         if block.type == "fallback":  # from here on another model speaks, and the Message is its own
             model = _required(_object(_required(block.fields, "to")), "model")
-            _inside(model)
+            _inside(model)  # must be a string
             message["model"] = model
 
     def _block(self, fields: dict[str, bytes]) -> "_Block":
@@ -144,13 +144,12 @@ class _Block:
         self._settled = len(self._input)
         source = text(b'"' + b"".join(self._input) + b'"') or ""
         # Only half of a surrogate pair cannot be encoded, and its replacement is the JSON escape for it.
-        value = source.encode(errors="backslashreplace").strip(b" \t\n\r")
+        value = source.encode(errors="backslashreplace")
+        if not value.strip(b" \t\n\r"):  # the start's own input stands
+            return bool(source)
         whole = _is_json(value)
-        if value and not whole:
-            value = _completed(value, partial_strings)
-        if value:  # else the start's own input stands
-            self._replaced["input"] = value
-        return bool(source) and not whole
+        self._replaced["input"] = value if whole else _completed(value, partial_strings)
+        return not whole
 
     def written(self) -> bytes:
         """The block as JSON: the very bytes of its start where no delta came."""
@@ -249,7 +248,7 @@ def _written(fields: dict[str, bytes]) -> bytes:
 def _is_json(value: bytes) -> bool:
     """Whether the bytes are one JSON value; `members` knows, and `1,"input":2` must not get past it."""
     try:
-        return members(b'{"input":' + value + b"}") == {"input": value}
+        return members(b'{"input":' + value + b"}") == {"input": value.strip()}
     except ValueError:
         return False
 

@@ -570,7 +570,7 @@ def _bind(value: _Value) -> str:
     bare = text[1:-1] if text.startswith("[") and text.endswith("]") else text
     if _is_ipv6(bare) or _is_host(text):
         return bare
-    if re.fullmatch(r".*:[0-9]*", text):
+    if re.fullmatch(r".*:[0-9]+", text):
         raise _Fault(f"is {value.shown()}, with a port, expected an address alone: the port goes into listen")
     return value.refuse("an IP address or a host name, such as 127.0.0.1, or 0.0.0.0 for all")
 
@@ -580,7 +580,7 @@ def _listen(value: _Value) -> int:
     port = _PORT.fullmatch(text)
     if port and int(port[1]) <= 65535:
         return int(port[1])
-    if re.fullmatch(r".+:[0-9]*", text):
+    if re.fullmatch(r".+:[0-9]+", text):
         raise _Fault(
             f'is {value.shown()}, with an address, expected ":8080" or 8080: the address goes into bind'
         )

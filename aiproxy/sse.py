@@ -18,7 +18,7 @@ PASS_ON = 4 * 1024 * 1024
 MAX_EVENT = 16 * 1024 * 1024
 
 # A blank line is a line's end right after another. `\r\n` is one end, every other pair of the two is two.
-_BLANK_LINE = re.compile(rb"\n\n|[\r\n]\r\n?")
+_BLANK_LINE = re.compile(rb"[\r\n](?:\r\n?|(?<!\r)\n)")
 _BLANK_LINE_ENDS = (b"\n\n", b"\n\r\n", b"\r\r\n", b"\n\r", b"\r\r")
 _BOM = b"\xef\xbb\xbf"
 
