@@ -3,6 +3,7 @@
 Up to the commit point a failure costs the client nothing. From there on a `Relay` owns the attempt.
 """
 
+import contextlib
 import logging
 import time
 from collections import deque
@@ -19,7 +20,7 @@ from .config import Timeouts
 from .errors import STATUS_OF_TYPE
 from .headers import Pairs, media_type, to_client, to_upstream, value_of
 from .policy import Fault, seconds_of
-from .relay import Relay
+from .relay import AFTER_STOP, Relay
 from .transport import Call, CallFailed, Transport
 from .upstream import MESSAGES
 from .usage import Usage
@@ -199,7 +200,8 @@ class Attempt:
         collector = Collector(partial_strings=_PARTIAL_STRINGS in betas)
         framer = sse.Framer(pass_on=False)
         try:
-            for piece in _limited(call.pieces(), ANSWER_LIMIT):
+            pieces = call.pieces()
+            for piece in _limited(pieces, ANSWER_LIMIT):
                 for event in sse.parse(framer.feed(piece)):
                     collector.feed(event)
                     if event.name in (b"message_start", b"message_delta"):
@@ -207,6 +209,7 @@ class Attempt:
                 if collector.error is not None:
                     return self._error_event(collector.error, call.headers)
                 if collector.complete:
+                    _await_end(call, pieces)
                     break
             message = collector.message()
         except Malformed as malformed:
@@ -307,6 +310,13 @@ def _limited(pieces: Iterator[bytes], limit: int) -> Iterator[bytes]:
         if total > limit:
             raise CallFailed(Fault.BROKEN, "the answer is over the size limit")
         yield piece
+
+
+def _await_end(call: Call, pieces: Iterator[bytes]) -> None:
+    """Give an upstream that said all a moment to end the body, so that its connection can be kept."""
+    call.idle(AFTER_STOP)
+    with contextlib.suppress(CallFailed):
+        next(pieces, None)
 
 
 def _is_error(message: dict[str, bytes]) -> bool:

@@ -13,6 +13,7 @@ import msgspec
 
 from .errors import ApiError
 
+_MEMBERS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _WHITE_SPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -70,11 +71,11 @@ def read(raw: bytes) -> Body:
 def members(raw: bytes) -> dict[str, bytes]:
     """The top-level members of a JSON object, each value as its raw bytes.
 
-    The last of duplicate keys stays. Raises `ValueError` for anything but a JSON object in UTF-8,
-    nesting too deep to be read included.
+    The last of duplicate keys stays. Raises `ValueError` for anything but a JSON object, nesting too deep
+    to be read included. Whether the text inside the values is UTF-8 is not looked at.
     """
     try:
-        fields = msgspec.json.decode(raw, type=dict[str, msgspec.Raw])
+        fields = _MEMBERS.decode(raw)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     except msgspec.DecodeError:

@@ -168,7 +168,7 @@ class Transport:
         self._watcher = watcher
         self._resolver = Resolver()
         self._connect_timeout = connect_timeout
-        self._session = requests.Session()
+        self._session = _Session()
         # Nothing of the environment or of another client may slip in: no netrc, no proxies, no
         # cookies, no default headers.
         self._session.trust_env = False
@@ -217,6 +217,13 @@ class Transport:
     def close(self) -> None:
         """Close the kept connections."""
         self._session.close()
+
+
+class _Session(requests.Session):
+    """A session to which a redirect is an answer like any other, whose body nobody has asked for."""
+
+    def get_redirect_target(self, resp: requests.Response) -> None:
+        return None
 
 
 class _Current(threading.local):

@@ -1,0 +1,971 @@
+"""A whole event stream read into the one Message it spells."""
+
+import json
+import random
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import httpx2
+import pytest
+from anthropic.lib.streaming import _beta_messages, _messages
+
+from aiproxy.collect import Collector, Malformed
+from aiproxy.sse import Event
+
+USAGE = {
+    "input_tokens": 25,
+    "cache_creation_input_tokens": 7,
+    "cache_read_input_tokens": 11,
+    "cache_creation": {"ephemeral_5m_input_tokens": 7, "ephemeral_1h_input_tokens": 0},
+    "output_tokens": 1,
+    "service_tier": "standard",
+    "inference_geo": "eu",
+}
+MESSAGE: dict[str, Any] = {
+    "id": "msg_1",
+    "type": "message",
+    "role": "assistant",
+    "model": "claude-a",
+    "content": [],
+    "stop_reason": None,
+    "stop_sequence": None,
+    "usage": USAGE,
+}
+TEXT = {"type": "text", "text": ""}
+TOOL = {"type": "tool_use", "id": "toolu_1", "name": "search", "input": {}}
+THINKING = {"type": "thinking", "thinking": "", "signature": ""}
+
+
+def event(name: str, **fields: Any) -> Event:
+    return Event(name.encode(), json.dumps({"type": name, **fields}).encode())
+
+
+def started(index: int, block: dict[str, Any]) -> Event:
+    return event("content_block_start", index=index, content_block=block)
+
+
+def delta(index: int, kind: str, **fields: Any) -> Event:
+    return event("content_block_delta", index=index, delta={"type": kind, **fields})
+
+
+def stopped(index: int) -> Event:
+    return event("content_block_stop", index=index)
+
+
+def raw_delta(index: int, fields: bytes) -> Event:
+    return Event(b"content_block_delta", b'{"index":%d,"delta":{%s}}' % (index, fields))
+
+
+def ended(reason: str | None = "end_turn", output_tokens: int = 15, **fields: Any) -> Event:
+    stop = {"stop_reason": reason, "stop_sequence": None}
+    return event("message_delta", **{"delta": stop, "usage": {"output_tokens": output_tokens}, **fields})
+
+
+START = event("message_start", message=MESSAGE)
+STOP = event("message_stop")
+
+
+def collected(events: Iterable[Event], partial_strings: bool = False) -> Collector:
+    collector = Collector(partial_strings)
+    for one in events:
+        collector.feed(one)
+    return collector
+
+
+def written(*middle: Event) -> bytes:
+    """The Message that these events spell between `message_start` and `message_stop`."""
+    return collected([START, *middle, STOP]).message()
+
+
+def read(*middle: Event) -> Any:
+    return json.loads(written(*middle))
+
+
+def content(*middle: Event) -> Any:
+    return read(*middle)["content"]
+
+
+def tool_input(*pieces: str, partial_strings: bool = False) -> Any:
+    """What becomes of a tool input that came in these pieces, and whether it was repaired."""
+    deltas = [delta(0, "input_json_delta", partial_json=piece) for piece in pieces]
+    collector = collected([START, started(0, TOOL), *deltas, stopped(0), STOP], partial_strings)
+    return json.loads(collector.message())["content"][0]["input"], collector.repaired
+
+
+# The whole
+
+
+def test_a_stream_becomes_the_message_it_spells() -> None:
+    stream = [
+        Event(
+            b"message_start",
+            b'{"type":"message_start","message":{"id":"msg_1","type":"message","role":"assistant",'
+            b'"model":"claude-a","content":[],"stop_reason":null,"stop_sequence":null,'
+            b'"usage":{"input_tokens":25,"output_tokens":1,"service_tier":"standard"}}}',
+        ),
+        Event(
+            b"content_block_start",
+            b'{"type":"content_block_start","index":0,"content_block":{"type":"text","text":""}}',
+        ),
+        Event(b"ping", b'{"type": "ping"}'),
+        raw_delta(0, b'"type":"text_delta","text":"Hello"'),
+        raw_delta(0, b'"type":"text_delta","text":", \\"you\\" \xc3\xa9\\u00e9"'),
+        Event(b"content_block_stop", b'{"type":"content_block_stop","index":0}'),
+        Event(
+            b"message_delta",
+            b'{"type":"message_delta","delta":{"stop_reason":"end_turn","stop_sequence":null},'
+            b'"usage":{"output_tokens":15}}',
+        ),
+        Event(b"message_stop", b'{"type":"message_stop"}'),
+    ]
+    collector = collected(stream)
+    assert collector.complete
+    assert collector.error is None
+    assert not collector.repaired
+    assert collector.message() == (
+        b'{"id":"msg_1","type":"message","role":"assistant","model":"claude-a",'
+        b'"content":[{"type":"text","text":"Hello, \\"you\\" \xc3\xa9\\u00e9"}],'
+        b'"stop_reason":"end_turn","stop_sequence":null,'
+        b'"usage":{"input_tokens":25,"output_tokens":15,"service_tier":"standard"}}'
+    )
+
+
+def test_a_message_without_content_is_one() -> None:
+    assert read() == MESSAGE
+
+
+def test_what_came_before_message_start_does_not_count() -> None:
+    early = [event("message_stop"), Event(b"content_block_start", b"{"), ended("refusal")]
+    assert json.loads(collected([*early, START, STOP]).message()) == MESSAGE
+
+
+def test_pings_and_unknown_events_are_skipped_anywhere() -> None:
+    noise = [event("ping"), Event(b"ping", b""), Event(b"news", b"not JSON"), event("news", index=0)]
+    middle = [started(0, TEXT), delta(0, "text_delta", text="a"), stopped(0), ended()]
+    stream = [one for step in [START, *middle, STOP] for one in [*noise, step]]
+    assert collected(stream).message() == written(*middle)
+
+
+def test_events_without_a_name_are_skipped() -> None:
+    nameless = Event(b"", delta(0, "text_delta", text="no").data)
+    assert content(started(0, TEXT), nameless) == [TEXT]
+    assert not collected([START, Event(b"", STOP.data)]).complete
+
+
+def test_what_follows_message_stop_is_ignored() -> None:
+    late = [
+        delta(0, "text_delta", text="no"),
+        event("error"),
+        Event(b"message_start", b"{"),
+        ended("refusal"),
+    ]
+    collector = collected([START, started(0, TEXT), STOP, *late])
+    assert json.loads(collector.message())["content"] == [TEXT]
+    assert collector.error is None
+
+
+@pytest.mark.parametrize("before", [[], [START], [START, started(0, TEXT)]])
+def test_an_error_event_is_kept_as_it_came(before: list[Event]) -> None:
+    data = b'{"type":"error", "error":{"type":"overloaded_error","message":"Overloaded"}}'
+    collector = collected([*before, Event(b"error", data), Event(b"error", b"{}"), STOP])
+    assert collector.error == data
+    assert not collector.complete
+    with pytest.raises(Malformed):
+        collector.message()
+
+
+def test_a_stream_without_message_stop_is_no_message() -> None:
+    collector = collected([START, started(0, TEXT), stopped(0), ended()])
+    assert not collector.complete
+    with pytest.raises(Malformed):
+        collector.message()
+
+
+# Text
+
+
+def test_text_is_appended_to_what_the_start_had() -> None:
+    block = {"type": "text", "text": "a\n"}
+    assert content(started(0, block), delta(0, "text_delta", text="b"), delta(0, "text_delta", text="c")) == [
+        {"type": "text", "text": "a\nbc"}
+    ]
+
+
+@pytest.mark.parametrize("block", [b'{"type":"text"}', b'{"type":"text","text":null}'])
+def test_text_may_begin_with_nothing(block: bytes) -> None:
+    start = Event(b"content_block_start", b'{"index":0,"content_block":%s}' % block)
+    assert content(start, delta(0, "text_delta", text="b")) == [{"type": "text", "text": "b"}]
+
+
+def test_an_emoji_split_over_two_deltas_is_joined() -> None:
+    halves = [raw_delta(0, rb'"type":"text_delta","text":"\ud83d"'), delta(0, "text_delta", text="\ude00!")]
+    assert content(started(0, TEXT), *halves) == [{"type": "text", "text": "😀!"}]
+
+
+def test_half_an_emoji_is_carried_as_it_is() -> None:
+    whole = written(started(0, TEXT), raw_delta(0, rb'"type":"text_delta","text":"a\ud83d"'))
+    assert rb'"text":"a\ud83d"' in whole
+    whole = written(started(0, {"type": "text", "text": "\ud83d"}), stopped(0))
+    assert rb'"text": "\ud83d"' in whole
+
+
+def test_text_keeps_its_escapes() -> None:
+    literal = rb"\u00e9\/\\ \" \n" + "é\u2028".encode()
+    assert b'"text":"' + literal * 2 + b'"' in written(
+        started(0, TEXT), *[raw_delta(0, b'"type":"text_delta" , "text" : "%s" ' % literal)] * 2
+    )
+
+
+def test_citations_are_added_to_a_list_that_is_made_where_there_is_none() -> None:
+    one, two = {"cited_text": "a"}, {"cited_text": "b"}
+    deltas = [delta(0, "citations_delta", citation=one), delta(0, "citations_delta", citation=two)]
+    assert content(started(0, TEXT), *deltas) == [{**TEXT, "citations": [one, two]}]
+    for empty in (b"null", b"[ ]"):
+        block = b'{"index":0,"content_block":{"type":"text","text":"","citations":%s}}' % empty
+        assert content(Event(b"content_block_start", block), *deltas) == [{**TEXT, "citations": [one, two]}]
+    assert content(started(0, {**TEXT, "citations": [two, two]}), *deltas) == [
+        {**TEXT, "citations": [two, two, one, two]}
+    ]
+
+
+# Thinking, compaction, fallback
+
+
+def test_thinking_is_appended_and_its_signature_assigned() -> None:
+    deltas = [
+        delta(0, "thinking_delta", thinking="Hm", estimated_tokens=3),
+        delta(0, "thinking_delta", thinking="m."),
+        delta(0, "signature_delta", signature="no"),
+        delta(0, "signature_delta", signature="yes"),
+    ]
+    block = {"type": "thinking", "thinking": "", "signature": "first"}
+    assert content(started(0, block), *deltas) == [
+        {"type": "thinking", "thinking": "Hmm.", "signature": "yes"}
+    ]
+
+
+def test_a_signature_may_come_without_any_thinking() -> None:
+    assert content(started(0, THINKING), delta(0, "signature_delta", signature="s")) == [
+        {**THINKING, "signature": "s"}
+    ]
+
+
+def test_a_compaction_is_assigned() -> None:
+    block = {"type": "compaction", "content": None, "encrypted_content": "old"}
+    first = delta(0, "compaction_delta", content="a")
+    assert content(started(0, block), first) == [{**block, "content": "a"}]
+    second = delta(0, "compaction_delta", content="b", encrypted_content=None)
+    assert content(started(0, block), first, second) == [{**block, "content": "b", "encrypted_content": None}]
+
+
+def test_a_fallback_block_names_the_model() -> None:
+    block = {"type": "fallback", "from": {"model": "claude-a"}, "to": {"model": "claude-b"}}
+    message = read(started(0, block), stopped(0))
+    assert message["model"] == "claude-b"
+    assert message["content"] == [block]
+
+
+# Tool input
+
+
+@pytest.mark.parametrize("kind", ["tool_use", "server_tool_use", "mcp_tool_use"])
+def test_a_tool_input_is_what_its_pieces_spell(kind: str) -> None:
+    pieces = ["", '{"q": "a', '\\"b\\u00e9', '😀", "n": [1, 2', "]}"]
+    deltas = [delta(0, "input_json_delta", partial_json=piece) for piece in pieces]
+    assert content(started(0, {**TOOL, "type": kind}), *deltas, stopped(0)) == [
+        {**TOOL, "type": kind, "input": {"q": 'a"bé😀', "n": [1, 2]}}
+    ]
+
+
+def test_a_tool_input_replaces_the_one_of_the_start() -> None:
+    whole = delta(0, "input_json_delta", partial_json='{"b":2}')
+    assert content(started(0, {**TOOL, "input": {"a": 1}}), whole) == [{**TOOL, "input": {"b": 2}}]
+
+
+@pytest.mark.parametrize("pieces", [[], [""], ["", ""]])
+def test_without_any_input_the_one_of_the_start_stays(pieces: list[str]) -> None:
+    deltas = [delta(0, "input_json_delta", partial_json=piece) for piece in pieces]
+    block = {**TOOL, "input": {"a": 1}}
+    collector = collected([START, started(0, block), *deltas, stopped(0), STOP])
+    assert json.loads(collector.message())["content"] == [block]
+    assert not collector.repaired
+
+
+def test_a_tool_input_keeps_its_bytes() -> None:
+    source = '{"b": 1.10,"a":1e400, "n":123456789012345678901234567890,"u":"\\u00e9é"}'
+    whole = written(started(0, TOOL), delta(0, "input_json_delta", partial_json=source))
+    assert b'"input":' + source.encode() in whole
+
+
+def test_an_emoji_split_over_two_pieces_of_a_tool_input_is_joined() -> None:
+    halves = [rb"{\"a\":\"\ud83d", rb"\ude00\"}"]  # in the wire's own escapes
+    deltas = [raw_delta(0, b'"type":"input_json_delta","partial_json":"%s"' % half) for half in halves]
+    assert content(started(0, TOOL), *deltas)[0]["input"] == {"a": "😀"}
+
+
+def test_half_an_emoji_in_a_tool_input_is_escaped() -> None:
+    assert tool_input('{"a":"\ud83d"}') == ({"a": "\ud83d"}, False)
+    assert tool_input('{"a":"\\ud83d"}') == ({"a": "\ud83d"}, False)
+
+
+@pytest.mark.parametrize(
+    ("source", "value"),
+    [
+        ('{"a":1,"b":"hel', {"a": 1}),
+        ('{"a":"b","c":"d"', {"a": "b", "c": "d"}),
+        ('{"a":[1,2,{"b":3', {"a": [1, 2, {"b": 3}]}),
+        ('{"a":[1,2,{"b":[', {"a": [1, 2, {"b": []}]}),
+        ('{"a":{"b":{"c":1},"d":{', {"a": {"b": {"c": 1}, "d": {}}}),
+        ('{"a":1,"n":12', {"a": 1, "n": 12}),
+        ('{"a":1,"n":-1.5E+3', {"a": 1, "n": -1500}),
+        ('{"a":1,"n":-', {"a": 1}),
+        ('{"a":1,"n":1.', {"a": 1}),
+        ('{"a":1,"n":1.5e', {"a": 1}),
+        ('{"a":1,"n":1e-', {"a": 1}),
+        ('{"a":true,"b":tru', {"a": True}),
+        ('{"a":[null,false,n', {"a": [None, False]}),
+        ('{"a":false', {"a": False}),
+        ('{"a":1,"b":', {"a": 1}),
+        ('{"a":1,"b" ', {"a": 1}),
+        ('{"a":1,"b', {"a": 1}),
+        ('{"a":1,"', {"a": 1}),
+        ('{"a":1, ', {"a": 1}),
+        ('{"a":[1,', {"a": [1]}),
+        (' { "a" : [ 1 , 2 ] , "b" ', {"a": [1, 2]}),
+        ('{"', {}),
+        ("{", {}),
+        ("[", []),
+        (" \n", {}),
+        (
+            '{"a":{},"b":[],"c":[[]],"d":[{}],"e":"}],{["',
+            {"a": {}, "b": [], "c": [[]], "d": [{}], "e": "}],{["},
+        ),
+        ('{"a":"\\"","b":"\\\\","c":"\\u00e9"', {"a": '"', "b": "\\", "c": "é"}),
+    ],
+)
+def test_a_tool_input_that_was_cut_off_keeps_what_was_whole(source: str, value: Any) -> None:
+    assert tool_input(source) == (value, True)
+    assert tool_input(*source) == (value, True)  # a character a piece
+
+
+@pytest.mark.parametrize(
+    ("source", "value"),
+    [
+        ('{"a":1,"b":"hel', {"a": 1, "b": "hel"}),
+        ('{"a":["b","hel ', {"a": ["b", "hel "]}),
+        ('{"a":"', {"a": ""}),
+        ('{"a":"hel\\', {"a": "hel"}),
+        ('{"a":"hel\\u', {"a": "hel"}),
+        ('{"a":"hel\\u00', {"a": "hel"}),
+        ('{"a":"hel\\u00e', {"a": "hel"}),
+        ('{"a":"hel\\u00e9', {"a": "helé"}),
+        ('{"a":"hel\\ud83d', {"a": "hel"}),
+        ('{"a":"hel\\uD83D\\', {"a": "hel"}),
+        ('{"a":"hel\\ud83d\\ude0', {"a": "hel"}),
+        ('{"a":"hel\\ud83d\\ude00', {"a": "hel😀"}),
+        ('{"a":"hel\\ud83d!', {"a": "hel\ud83d!"}),
+        ('{"a":"hel\\\\ud83d', {"a": "hel\\ud83d"}),
+        ('{"a":"hel\\n\\"', {"a": 'hel\n"'}),
+        ('{"a":"é😀', {"a": "é😀"}),
+        ('{"a":1,"hel', {"a": 1}),
+        ('{"a":1,"n":12', {"a": 1, "n": 12}),
+        ('{"a":1,"b":tru', {"a": 1}),
+    ],
+)
+def test_partial_strings_keep_what_came_of_the_last_one(source: str, value: Any) -> None:
+    assert tool_input(source, partial_strings=True) == (value, True)
+
+
+@pytest.mark.parametrize("partial_strings", [True, False])
+@pytest.mark.parametrize(
+    "source",
+    [
+        '{"a":1, oops}',
+        '{"a":1, oops',
+        '{"a":1,}',
+        '{"a":1,,',
+        '{"a":1}}',
+        '{"a":1} {',
+        '1,"input":2',
+        '1,"a":2',
+        '{"a":[1}',
+        '{"a":[}',
+        '{"a"}',
+        '{"a" 1',
+        '{"a" "b',
+        '{"a":1 "b',
+        "{1:2",
+        "{,",
+        "[,",
+        ",",
+        "oops",
+        "tru",
+        '"hel',
+        '{"a":01',
+        '{"a":+1',
+        '{"a":.5',
+        '{"a":1x',
+        '{"a":trux',
+        '{"a":tru ',
+        '{"a":1.,',
+        '{"a":NaN',
+        '{"a":NaN}',
+        '{"a":-Infinity}',
+        '{"a":"\\x',
+        '{"a":"\\u00g',
+        '{"a":"\\u00","b',
+        '{"a":"b\nc',
+        "{'a':1",
+        '{"a":1 // no',
+        '{"a":\x0b1',
+    ],
+)
+def test_a_tool_input_that_is_neither_json_nor_its_beginning_is_refused(
+    source: str, partial_strings: bool
+) -> None:
+    with pytest.raises(Malformed):
+        tool_input(source, partial_strings=partial_strings)
+
+
+@pytest.mark.parametrize("source", ["[" * 20_000, "[" * 20_000 + "]" * 20_000, '{"a":' * 20_000])
+def test_a_tool_input_nested_too_deeply_is_refused(source: str) -> None:
+    with pytest.raises(Malformed):
+        tool_input(source)
+
+
+def test_a_tool_input_that_was_cut_off_is_read_though_no_stop_came_for_its_block() -> None:
+    collector = collected(
+        [START, started(0, TOOL), delta(0, "input_json_delta", partial_json='{"a":[1'), STOP]
+    )
+    assert json.loads(collector.message())["content"] == [{**TOOL, "input": {"a": [1]}}]
+    assert collector.repaired
+
+
+def test_a_tool_input_is_judged_when_its_block_stops() -> None:
+    collector = collected([START, started(0, TOOL), delta(0, "input_json_delta", partial_json="{oops")])
+    with pytest.raises(Malformed):
+        collector.feed(stopped(0))
+
+
+def test_tool_inputs_are_kept_apart_by_index() -> None:
+    pieces = [(0, '{"a"'), (1, '{"b"'), (0, ":1}"), (1, ":2}")]
+    deltas = [delta(index, "input_json_delta", partial_json=piece) for index, piece in pieces]
+    blocks = content(started(0, TOOL), started(1, TOOL), *deltas, stopped(1), stopped(0))
+    assert [block["input"] for block in blocks] == [{"a": 1}, {"b": 2}]
+
+
+# All blocks
+
+
+def test_unknown_blocks_and_members_keep_their_bytes() -> None:
+    block = (
+        b'{"type":"hologram" , "b":1.10,\n"a":[1e400, {"z":0,"y":"\\u00e9"}],"\\ud800":123456789012345678901}'
+    )
+    start = Event(b"content_block_start", b'{"index":0,"content_block": %s }' % block)
+    assert b'"content":[%s]' % block in written(start, delta(0, "beam_delta", beam=1), stopped(0))
+
+
+def test_a_block_that_grows_keeps_its_other_members_bytes_and_order() -> None:
+    block = b'{"x":1.10,"text":"a","\\ud800":1e400,"type":"text"}'
+    start = Event(b"content_block_start", b'{"index":0,"content_block":%s}' % block)
+    assert block.replace(b'"a"', b'"ab"') in written(start, delta(0, "text_delta", text="b"))
+
+
+def test_a_delta_that_is_unknown_or_does_not_fit_is_ignored() -> None:
+    deltas: list[tuple[str | None, dict[str, Any]]] = [
+        ("text_delta", {"text": "x"}),
+        ("thinking_delta", {"thinking": "x"}),
+        ("signature_delta", {"signature": "x"}),
+        ("citations_delta", {"citation": {}}),
+        ("compaction_delta", {"content": "x"}),
+        ("input_json_delta", {"partial_json": "{oops"}),
+        ("sound_delta", {"sound": "x"}),
+        (None, {}),
+    ]
+    fits = {
+        "text": ("text_delta", "citations_delta"),
+        "thinking": ("thinking_delta", "signature_delta"),
+        "tool_use": ("input_json_delta",),
+        "compaction": ("compaction_delta",),
+    }
+    for kind in [*fits, "redacted_thinking", "hologram"]:
+        block: dict[str, Any] = {
+            "type": kind,
+            "text": "",
+            "thinking": "",
+            "signature": "",
+            "input": {},
+            "content": None,
+        }
+        misfits = [
+            event("content_block_delta", index=0, delta={"type": name, **fields})
+            for name, fields in deltas
+            if name not in fits.get(kind, ())
+        ]
+        assert content(started(0, block), *misfits, stopped(0)) == [block]
+
+
+def test_blocks_stand_where_their_index_says() -> None:
+    middle = [
+        started(10, {"type": "text", "text": "d"}),
+        started(2, {"type": "text", "text": "c"}),
+        started(0, {"type": "text", "text": "a"}),
+        delta(2, "text_delta", text="C"),
+        started(1, {"type": "text", "text": "b"}),
+        delta(0, "text_delta", text="A"),
+        delta(10, "text_delta", text="D"),
+    ]
+    assert [block["text"] for block in content(*middle)] == ["aA", "b", "cC", "dD"]
+
+
+def test_content_that_came_with_message_start_stays_in_front() -> None:
+    start = event("message_start", message={**MESSAGE, "content": [{"n": 1}, {"n": 2}]})
+    message = collected([start, started(2, TEXT), STOP]).message()
+    assert json.loads(message)["content"] == [{"n": 1}, {"n": 2}, TEXT]
+
+
+def test_content_is_made_where_message_start_has_none() -> None:
+    start = event("message_start", message={"id": "m"})
+    message = collected([start, started(0, TEXT), STOP]).message()
+    assert json.loads(message) == {"id": "m", "content": [TEXT]}
+
+
+# message_delta
+
+
+def test_stop_members_are_assigned_even_when_null() -> None:
+    first = {"stop_reason": "stop_sequence", "stop_sequence": "END", "stop_details": {"a": 1}}
+    second = {"stop_reason": None, "stop_sequence": None, "stop_details": None}
+    assert {**MESSAGE, **first} == read(event("message_delta", delta=first))
+    assert {**MESSAGE, **second} == read(
+        event("message_delta", delta=first), event("message_delta", delta=second)
+    )
+
+
+def test_stop_members_that_are_absent_are_not_made_up() -> None:
+    assert read(event("message_delta", delta={"stop_reason": "end_turn"})) == {
+        **MESSAGE,
+        "stop_reason": "end_turn",
+    }
+
+
+def test_everything_else_in_a_message_delta_is_assigned_unless_null() -> None:
+    start = {**MESSAGE, "container": {"id": "c0"}, "context_management": {"n": 0}, "diagnostics": {"d": 0}}
+    nothing = ended(
+        delta={"container": None, "wonder": None},
+        context_management=None,
+        input_transformations=None,
+        miracle=None,
+    )
+    message = collected([event("message_start", message=start), nothing, STOP]).message()
+    assert json.loads(message) == {**start, "usage": {**USAGE, "output_tokens": 15}}
+    something = ended(
+        delta={"container": {"id": "c1"}, "wonder": 0},
+        context_management={"n": 1},
+        input_transformations=[],
+        miracle=False,
+    )
+    message = collected([event("message_start", message=start), something, STOP]).message()
+    assert json.loads(message) == {
+        **start,
+        "usage": {**USAGE, "output_tokens": 15},
+        "container": {"id": "c1"},
+        "wonder": 0,
+        "context_management": {"n": 1},
+        "input_transformations": [],
+        "miracle": False,
+    }
+
+
+def test_a_message_delta_never_replaces_type_content_or_usage_as_they_stand() -> None:
+    wrong = {"type": "x", "content": [1], "usage": {"input_tokens": 0}, "delta": {}}
+    message = read(started(0, TEXT), event("message_delta", delta=wrong, content=[2], usage={}))
+    assert message == {**MESSAGE, "content": [TEXT]}
+
+
+def test_usage_is_overwritten_and_never_added() -> None:
+    usages: list[dict[str, Any]] = [
+        {"output_tokens": 5, "input_tokens": 30, "server_tool_use": {"web_search_requests": 1}},
+        {"output_tokens": 9, "input_tokens": None, "cache_read_input_tokens": 0, "server_tool_use": {"n": 2}},
+        {"output_tokens": None, "iterations": [{"a": 1}], "future": "x"},
+    ]
+    message = read(*(ended(usage=usage) for usage in usages))
+    assert message["usage"] == {
+        **USAGE,
+        "output_tokens": 9,
+        "input_tokens": 30,
+        "cache_read_input_tokens": 0,
+        "server_tool_use": {"n": 2},
+        "iterations": [{"a": 1}],
+        "future": "x",
+    }
+    assert list(message["usage"])[:7] == list(USAGE)
+
+
+@pytest.mark.parametrize("start", [{"id": "m"}, {"id": "m", "usage": None}])
+def test_usage_is_made_where_message_start_has_none(start: dict[str, Any]) -> None:
+    message = collected([event("message_start", message=start), ended(), STOP]).message()
+    assert json.loads(message)["usage"] == {"output_tokens": 15}
+
+
+@pytest.mark.parametrize("usage", [{"usage": None}, {"usage": {}}, {}])
+def test_a_message_delta_without_figures_leaves_usage_as_it_is(usage: dict[str, Any]) -> None:
+    nothing = event("message_delta", delta={}, **usage)
+    assert read(nothing) == MESSAGE
+    message = collected([event("message_start", message={"id": "m"}), nothing, STOP]).message()
+    assert json.loads(message) == {"id": "m", "content": []}
+
+
+def test_values_keep_their_bytes_and_keys_their_order() -> None:
+    start = Event(
+        b"message_start",
+        b'{"message":{"z":1.10,"usage":{"y": 1E5,"x":1e400},"content": [ ] ,'
+        b'"a":{"b" :  [1 ]},"n":"\\u00e9"}}',
+    )
+    over = Event(b"message_delta", b'{"delta":{"k":1.50},"usage":{"w":2.0,"y":null},"j":{ "i":1e-400 }}')
+    assert collected([start, over, STOP]).message() == (
+        b'{"z":1.10,"usage":{"y":1E5,"x":1e400,"w":2.0},"content":[],"a":{"b" :  [1 ]},"n":"\\u00e9",'
+        b'"k":1.50,"j":{ "i":1e-400 }}'
+    )
+
+
+# What is no Message
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        [START, START],
+        [event("message_start")],
+        [event("message_start", message=[])],
+        [event("message_start", message={"content": {}})],
+        [Event(b"message_start", b"{")],
+        [Event(b"message_start", b"")],
+        [Event(b"message_start", b'{"message":{"a":NaN}}')],
+        [Event(b"message_start", b'{"message":{"a":"\xff"}}')],
+        [START, Event(b"content_block_delta", b"[]")],
+        [START, Event(b"message_delta", b"null")],
+        [START, Event(b"message_stop", b"{")],
+        [START, Event(b"content_block_start", b'{"a":' + b"[" * 5000 + b"]" * 5000 + b"}")],
+        [START, event("content_block_start", index=0)],
+        [START, event("content_block_start", content_block=TEXT)],
+        [START, started(0, TEXT), started(0, TEXT)],
+        [START, event("content_block_start", index=0, content_block="text")],
+        [START, event("content_block_start", index="0", content_block=TEXT)],
+        [START, event("content_block_start", index=-1, content_block=TEXT)],
+        [START, event("content_block_start", index=0.5, content_block=TEXT)],
+        [START, event("content_block_start", index=None, content_block=TEXT)],
+        [START, event("content_block_start", index=10**400, content_block=TEXT)],
+        [START, started(0, {"type": "fallback"})],
+        [START, started(0, {"type": "fallback", "to": {"model": None}})],
+        [START, delta(0, "text_delta", text="a")],
+        [START, stopped(0)],
+        [START, started(0, TEXT), delta(1, "text_delta", text="a")],
+        [START, started(0, TEXT), event("content_block_delta", index=0)],
+        [START, started(0, TEXT), event("content_block_delta", index=0, delta={})],
+        [START, started(0, TEXT), event("content_block_delta", delta={"type": "text_delta", "text": "a"})],
+        [START, started(0, TEXT), delta(0, "text_delta")],
+        [START, started(0, TEXT), delta(0, "text_delta", text=None)],
+        [START, started(0, {"type": "text", "text": 1}), delta(0, "text_delta", text="a")],
+        [START, started(0, TEXT), delta(0, "citations_delta")],
+        [START, started(0, {**TEXT, "citations": "x"}), delta(0, "citations_delta", citation={})],
+        [START, started(0, THINKING), delta(0, "thinking_delta", text="a")],
+        [START, started(0, THINKING), delta(0, "signature_delta")],
+        [START, started(0, TOOL), delta(0, "input_json_delta")],
+        [START, started(0, TOOL), delta(0, "input_json_delta", partial_json={})],
+        [START, event("message_delta", usage={})],
+        [START, event("message_delta", delta=[])],
+        [START, event("message_delta", delta={}, usage=[])],
+    ],
+)
+def test_a_stream_that_spells_no_message_is_malformed(stream: list[Event]) -> None:
+    collector = collected(stream[:-1])
+    with pytest.raises(Malformed) as caught:
+        collector.feed(stream[-1])
+    assert len(str(caught.value)) < 80
+
+
+def test_malformed_says_nothing_of_the_conversation() -> None:
+    secret = "correct horse battery"
+    streams = [
+        [started(0, TOOL), delta(0, "input_json_delta", partial_json=f'{{"a":"{secret}"x'), stopped(0)],
+        [Event(b"content_block_delta", f'{{"a":"{secret}'.encode())],
+        [Event(b"content_block_delta", f'{{"a":"{secret}'.encode() + b'\xff"}')],
+    ]
+    for stream in streams:
+        with pytest.raises(Malformed) as caught:
+            collected([START, *stream])
+        assert "horse" not in str(caught.value)
+
+
+ZOO: list[Event] = [
+    event("ping"),
+    START,
+    started(0, THINKING),
+    delta(0, "thinking_delta", thinking="Hmé"),
+    delta(0, "signature_delta", signature="c2ln"),
+    stopped(0),
+    started(1, TEXT),
+    delta(1, "text_delta", text="Hi 😀"),
+    delta(1, "citations_delta", citation={"cited_text": "a"}),
+    stopped(1),
+    started(2, TOOL),
+    delta(2, "input_json_delta", partial_json='{"a":[1,'),
+    delta(2, "input_json_delta", partial_json='"\\ud83d\\n"]}'),
+    stopped(2),
+    started(3, {"type": "compaction", "content": None}),
+    delta(3, "compaction_delta", content="x"),
+    started(4, {"type": "fallback", "to": {"model": "claude-b"}}),
+    started(5, {"type": "hologram", "x": [1]}),
+    ended(),
+    STOP,
+]
+INSERTS = [
+    b'"',
+    b"\\",
+    b"{",
+    b"}",
+    b"[",
+    b",",
+    b":",
+    b"null",
+    b"NaN",
+    b"\xff",
+    b"\\ud800",
+    b"\x00",
+    b"1e9",
+    b"[" * 3000,
+]
+
+
+def damaged(stream: list[Event], chance: random.Random) -> list[Event]:
+    """A copy in which something is dropped, doubled, swapped, cut out, overwritten or inserted."""
+    damaged = list(stream)
+    for _ in range(chance.randint(1, 3)):
+        at, other = chance.randrange(len(damaged)), chance.randrange(len(damaged))
+        name, data = damaged[at].name, damaged[at].data
+        start = chance.randint(0, len(data))
+        insert = chance.choice(INSERTS)
+        match chance.randrange(6):
+            case 0:
+                del damaged[at]
+            case 1:
+                damaged.insert(other, damaged[at])
+            case 2:
+                damaged[at], damaged[other] = damaged[other], damaged[at]
+            case 3:
+                damaged[at] = Event(name, data[:start] + data[start + chance.randint(1, 9) :])
+            case 4:
+                damaged[at] = Event(name, data[:start] + insert + data[start + len(insert) :])
+            case 5:
+                damaged[at] = Event(name, data[:start] + insert + data[start:])
+    return damaged
+
+
+def test_whatever_comes_the_result_is_json_or_malformed() -> None:
+    collected(ZOO).message()
+    messages = 0
+    for seed in range(1500):
+        collector = Collector(partial_strings=seed % 2 == 0)
+        for one in damaged(ZOO, random.Random(seed)):
+            try:
+                collector.feed(one)
+            except Malformed:
+                continue  # feeding on after it makes no sense and yet raises nothing else
+        if collector.complete:
+            assert isinstance(json.loads(collector.message().decode()), dict), seed
+            messages += 1
+    assert 100 < messages < 1500
+
+
+def test_many_deltas_take_little_time() -> None:
+    deltas = [delta(0, "text_delta", text="Hello there")] * 30_000
+    begun = time.process_time()
+    message = written(started(0, TEXT), *deltas)
+    assert time.process_time() - begun < 1.5  # 0.3 s; copying the text for every delta takes far longer
+    assert len(message) > 330_000
+
+
+# As Anthropic's own SDK reads it
+
+
+def by_the_sdk(stream: list[Event]) -> Any:
+    snapshot: Any = None
+    buffers: dict[int, bytes] = {}
+    for one in stream:
+        if one.name != b"ping":
+            snapshot = _messages.accumulate_event(
+                event=json.loads(one.data), current_snapshot=snapshot, json_bufs=buffers
+            )
+    return snapshot.to_dict(mode="json")
+
+
+def by_the_beta_sdk(stream: list[Event], beta: str = "") -> Any:
+    snapshot: Any = None
+    buffers: dict[int, bytes] = {}
+    headers = httpx2.Headers({"anthropic-beta": beta})
+    for one in stream:
+        if one.name != b"ping":
+            snapshot = _beta_messages.accumulate_event(
+                event=json.loads(one.data),
+                current_snapshot=snapshot,
+                json_bufs=buffers,
+                request_headers=headers,
+            )
+    return snapshot.to_dict(mode="json")
+
+
+def without_none(value: Any) -> Any:
+    """The SDK's objects have all the fields they know, with None where none came."""
+    if isinstance(value, dict):
+        return {name: without_none(one) for name, one in value.items() if one is not None}
+    return [without_none(one) for one in value] if isinstance(value, list) else value
+
+
+THOUGHTS = [
+    started(0, THINKING),
+    delta(0, "thinking_delta", thinking="Let me "),
+    delta(0, "thinking_delta", thinking="see.\n"),
+    delta(0, "signature_delta", signature="c2lnbmVk"),
+    stopped(0),
+    started(1, {"type": "redacted_thinking", "data": "ZGF0YQ=="}),
+    stopped(1),
+    started(2, TEXT),
+    delta(2, "text_delta", text="Hello, "),
+    event("ping"),
+    delta(2, "text_delta", text="wörld 😀"),
+    stopped(2),
+    ended(),
+]
+TOOLS = [
+    started(0, TEXT),
+    delta(0, "text_delta", text="I'll look."),
+    stopped(0),
+    started(1, TOOL),
+    delta(1, "input_json_delta", partial_json=""),
+    delta(1, "input_json_delta", partial_json='{"query": "a \\"b\\" 😀'),
+    delta(1, "input_json_delta", partial_json='", "n": [1, 2.5, null, true], "o": {}}'),
+    stopped(1),
+    started(2, {**TOOL, "id": "toolu_2"}),
+    stopped(2),
+    ended("tool_use", 89),
+]
+CITED = [
+    started(0, {**TEXT, "citations": []}),
+    delta(0, "text_delta", text="The grass is green."),
+    delta(
+        0,
+        "citations_delta",
+        citation={
+            "type": "char_location",
+            "cited_text": "green",
+            "document_index": 0,
+            "document_title": "Grass",
+            "start_char_index": 0,
+            "end_char_index": 5,
+        },
+    ),
+    delta(
+        0,
+        "citations_delta",
+        citation={
+            "type": "web_search_result_location",
+            "cited_text": "grass",
+            "encrypted_index": "RW4=",
+            "title": "Lawn",
+            "url": "https://example.com/",
+        },
+    ),
+    stopped(0),
+    ended("stop_sequence", delta={"stop_reason": "stop_sequence", "stop_sequence": "END"}),
+]
+SEARCHED = [
+    started(0, {"type": "server_tool_use", "id": "srvtoolu_1", "name": "web_search", "input": {}}),
+    delta(0, "input_json_delta", partial_json='{"query":'),
+    delta(0, "input_json_delta", partial_json=' "weather"}'),
+    stopped(0),
+    started(
+        1,
+        {
+            "type": "web_search_tool_result",
+            "tool_use_id": "srvtoolu_1",
+            "content": [
+                {
+                    "type": "web_search_result",
+                    "title": "Weather",
+                    "url": "https://example.com/w",
+                    "encrypted_content": "RW5j",
+                    "page_age": "2 hours",
+                }
+            ],
+        },
+    ),
+    stopped(1),
+    ended(
+        usage={
+            "input_tokens": 120,
+            "cache_creation_input_tokens": None,
+            "cache_read_input_tokens": 0,
+            "output_tokens": 33,
+            "server_tool_use": {"web_search_requests": 1, "web_fetch_requests": 0},
+        }
+    ),
+]
+BETA = [
+    started(
+        0,
+        {
+            "type": "fallback",
+            "from": {"model": "claude-a"},
+            "to": {"model": "claude-b"},
+            "trigger": {"type": "refusal", "category": "cyber"},
+        },
+    ),
+    stopped(0),
+    started(1, {"type": "compaction", "content": None, "encrypted_content": None}),
+    delta(1, "compaction_delta", content="So far: nothing.", encrypted_content="RW5j"),
+    stopped(1),
+    started(2, {"type": "mcp_tool_use", "id": "mcptoolu_1", "name": "n", "server_name": "s", "input": {}}),
+    delta(2, "input_json_delta", partial_json='{"a":1}'),
+    stopped(2),
+    event(
+        "message_delta",
+        delta={
+            "stop_reason": "end_turn",
+            "stop_sequence": None,
+            "container": {"id": "c", "expires_at": "2026-11-01T00:00:00Z"},
+        },
+        usage={
+            "output_tokens": 7,
+            "iterations": [{"type": "message", "input_tokens": 1, "output_tokens": 7}],
+        },
+        context_management={"applied_edits": []},
+        input_transformations=[],
+    ),
+]
+
+
+@pytest.mark.parametrize("middle", [THOUGHTS, TOOLS, CITED, SEARCHED])
+@pytest.mark.parametrize("sdk", [by_the_sdk, by_the_beta_sdk])
+def test_the_sdk_reads_the_same_message(middle: list[Event], sdk: Callable[[list[Event]], Any]) -> None:
+    stream = [START, *middle, STOP]
+    assert without_none(json.loads(collected(stream).message())) == without_none(sdk(stream))
+
+
+def test_the_beta_sdk_reads_the_same_message_of_beta_blocks() -> None:
+    stream = [START, *BETA, STOP]
+    assert without_none(json.loads(collected(stream).message())) == without_none(by_the_beta_sdk(stream))
+
+
+@pytest.mark.parametrize("beta", ["", "fine-grained-tool-streaming-2025-05-14"])
+def test_a_tool_input_is_repaired_as_the_sdk_does_wherever_it_is_cut(beta: str) -> None:
+    source = ' {"a":1,"b":"h\\u00e9\\n\\ud83d\\ude00\\\\u é",'
+    source += '"c":[1,-2.5e+1,true,null,{"d":[]},{}],"e":{"f":{"g":"h"}}}'
+    for end in range(2, len(source) + 1):
+        cut = delta(0, "input_json_delta", partial_json=source[:end])
+        stream = [START, started(0, TOOL), cut, stopped(0), ended("max_tokens"), STOP]
+        collector = collected(stream, partial_strings=bool(beta))
+        ours, theirs = json.loads(collector.message()), by_the_beta_sdk(stream, beta)
+        assert ours["content"][0]["input"] == theirs["content"][0]["input"], source[:end]
+        assert collector.repaired == (end < len(source))
