@@ -1,6 +1,8 @@
 """gunicorn's settings for aiproxy. The command line and GUNICORN_CMD_ARGS win over this file."""
 
+import json
 import os
+import shlex
 import sys
 
 from aiproxy.config import ConfigError, load, path_from
@@ -22,6 +24,11 @@ keepalive = 75  # longer than nginx's 60 and the SDKs' 5, so that they close fir
 control_socket_disable = True
 
 
+def worker_int(worker):
+    """Ctrl-C: end at once. Running streams are cut off; gunicorn would wait for their threads."""
+    os._exit(0)
+
+
 def when_ready(server):
     """Say where it listens and how to try it."""
     for warning in _config.warnings:
@@ -32,9 +39,19 @@ def when_ready(server):
             "Copy config.example.yaml to config.yaml and put in your own. ***",
             flush=True,
         )
-    model = next(
-        (name for upstream in _config.upstreams for name in upstream.available_models), "claude-opus-4-8"
-    )
-    body = f'{{"model":"{model}","max_tokens":100,"messages":[{{"role":"user","content":"Hi"}}]}}'
-    address = server.LISTENERS[0]
-    print(f"aiproxy serves {address} - try: curl {address}/v1/messages -d '{body}'", flush=True)
+    address = str(server.LISTENERS[0])
+    print(f"aiproxy serves {address} - try: {_example(address)}", flush=True)
+
+
+def _example(address):
+    """A request by curl that an upstream of the configuration answers."""
+    enabled = [upstream for upstream in _config.upstreams if upstream.enabled]
+    models = sorted(name for upstream in enabled for name in upstream.available_models)
+    question = {"role": "user", "content": "Hi"}
+    body = {"model": (models or ["claude-opus-4-8"])[0], "max_tokens": 100, "messages": [question]}
+    words = ["curl", f"{address}/v1/messages"]
+    if address.startswith("unix:"):
+        words = ["curl", "--unix-socket", address.removeprefix("unix:"), "http://localhost/v1/messages"]
+    if not _config.is_demo:
+        words += ["-H", "content-type: application/json", "-H", "anthropic-version: 2023-06-01"]
+    return shlex.join([*words, "-d", json.dumps(body, separators=(",", ":"))])

@@ -30,5 +30,6 @@ def create_app(config: Config, clock: Callable[[], float] = time.monotonic) -> f
     redactor = logs.Redactor(settings.token for settings in config.upstreams)
     forwarder = Forwarder(Balancer(upstreams), Tools(transport, watcher, config.timeouts), redactor)
     app = flask.Flask("aiproxy", static_folder=None)
+    app.url_map.merge_slashes = False  # a doubled slash is another path, no reason for a redirect
     app.register_blueprint(create_blueprint(config, forwarder, redactor))
     return app

@@ -6,6 +6,7 @@ that a first run shows failover and the circuit breaker.
 
 import io
 import json
+import re
 import time
 import uuid
 from typing import Any
@@ -15,6 +16,7 @@ import requests
 import urllib3
 from requests.adapters import HTTPAdapter
 
+from .body import members, text
 from .errors import error_body
 from .sse import encode
 
@@ -32,16 +34,17 @@ class DemoAdapter(HTTPAdapter):
 
     def send(self, request: requests.PreparedRequest, *args: Any, **kwargs: Any) -> requests.Response:
         request_id = f"req_demo_{uuid.uuid4().hex[:16]}"
-        asked = json.loads(request.body or b"{}")
+        asked = members(bytes(request.body or b"{}"))  # type: ignore[arg-type]
+        model = text(asked.get("model", b"")) or ""
         if urlsplit(request.url or "").hostname == "overloaded":
             status, content_type = 529, "application/json"
             pieces = [error_body("overloaded_error", "The demo upstream is always overloaded.", request_id)]
-        elif asked.get("stream"):
+        elif asked.get("stream") == b"true":
             status, content_type = 200, "text/event-stream"
-            pieces = _events(asked["model"])
+            pieces = _events(model)
         else:
             status, content_type = 200, "application/json"
-            pieces = [json.dumps(_message(asked["model"], _TEXT)).encode()]
+            pieces = [json.dumps(_message(model, _TEXT)).encode()]
         raw = urllib3.HTTPResponse(
             body=_Pieces(pieces),
             status=status,
@@ -81,8 +84,8 @@ def _events(model: str) -> list[bytes]:
     message = _message(model, _TEXT)
     start = {**message, "content": [], "stop_reason": None, "usage": {"input_tokens": 0, "output_tokens": 0}}
     words = [
-        {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": f"{word} "}}
-        for word in _TEXT.split()
+        {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": word}}
+        for word in re.findall(r"\S+\s*", _TEXT)
     ]
     events: list[dict[str, Any]] = [
         {"type": "message_start", "message": start},

@@ -85,6 +85,8 @@ def configure(level: str) -> None:
     _LOGGER.handlers[:] = [handler]
     _LOGGER.propagate = False
     _LOGGER.setLevel(level.upper())
+    # It quotes odd answers at length, which may hold anything; what matters of them is in our own lines.
+    logging.getLogger("urllib3").setLevel(logging.ERROR)
 
 
 def _written(value: Value) -> str:

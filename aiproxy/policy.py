@@ -102,7 +102,7 @@ def seconds_of(retry_after: str | None, now: datetime | None = None) -> float | 
     except ValueError:
         try:
             date = parsedate_to_datetime(retry_after)
-        except ValueError:
+        except (ValueError, OverflowError):
             return None
         date = date if date.tzinfo else date.replace(tzinfo=UTC)
         seconds = (date - (now or datetime.now(UTC))).total_seconds()

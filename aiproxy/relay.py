@@ -6,6 +6,7 @@ client gone), and whichever it is, the attempt is settled exactly once.
 """
 
 import re
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Protocol
@@ -56,6 +57,7 @@ class Relay:
         self._owner = owner
         self._bytes = 0
         self._stopped = False  # message_stop went by: the answer is complete, whatever follows
+        self._ends: float | None = None  # when to wait for the body's end no longer
         self._erred = False  # an error event went by: the client knows
         self._over = False
         self._to_cut = False
@@ -74,6 +76,9 @@ class Relay:
 
     def __next__(self) -> bytes:
         while not self._over:
+            if self._ends is not None and time.monotonic() >= self._ends:
+                self._end("complete")
+                break
             try:
                 block = self._held.popleft() if self._held else self._framer.feed(next(self._pieces))
                 if block:
@@ -103,6 +108,7 @@ class Relay:
         for event in parse(block):
             if event.name == b"message_stop":
                 self._stopped = True
+                self._ends = time.monotonic() + AFTER_STOP
                 self._call.idle(AFTER_STOP)
             elif event.name == b"error":
                 self._erred = True

@@ -34,16 +34,16 @@ class Resolver:
         with self._lock:
             running = self._running.get((host, port))
             if running is None:
-                running = self._running[host, port] = Future()
-                threading.Thread(
-                    target=self._run, args=(host, port, running), name="resolve", daemon=True
-                ).start()
+                running = Future()
+                arguments = (host, port, running)
+                threading.Thread(target=self._run, args=arguments, name="resolve", daemon=True).start()
+                self._running[host, port] = running
             return running
 
     def _run(self, host: str, port: int, future: "Future[list[Address]]") -> None:
         try:
             future.set_result(_look_up(host, port))
-        except OSError as error:
+        except Exception as error:  # whatever it is, callers wait for it
             future.set_exception(error)
         finally:
             with self._lock:
@@ -61,5 +61,5 @@ def _is_address(host: str) -> bool:
 def _look_up(host: str, port: int) -> list[Address]:
     try:
         return list(socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM))
-    except UnicodeError:  # a label that IDNA refuses
+    except ValueError:  # a label that IDNA refuses, a null character
         raise socket.gaierror(socket.EAI_NONAME, "not a host name") from None

@@ -7,6 +7,7 @@ closes it; others may only `abort` it.
 
 import contextlib
 import http.client
+import re
 import socket
 import ssl
 import threading
@@ -41,6 +42,7 @@ _SOCKET_OPTIONS = [
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 5),
 ]
 
+_PRINTABLE = re.compile(r"[!-~]+")
 _DECODABLE = frozenset({"gzip", "x-gzip", "deflate"})
 
 _FAULT_OF_REASON = {Reason.CONNECT_TIMEOUT: Fault.CONNECT, Reason.TIMEOUT: Fault.TIMEOUT}
@@ -70,6 +72,7 @@ class Call:
         self.resolver = resolver
         self.connect_timeout = connect_timeout
         self.fresh = fresh
+        self.target = ""  # path and query as the client sent them; urllib3 would mend its escapes
         self.reused = False
         self.connected = False
         self.heard = False  # a byte of the answer arrived
@@ -191,6 +194,7 @@ class Transport:
         request.headers.setdefault("user-agent", SKIP_HEADER)  # else urllib3 would add its own
         request.headers["Content-Length"] = str(len(body))
         request.body = body
+        call.target = request.path_url
         _current.call = call
         try:
             response = self._session.send(
@@ -235,13 +239,42 @@ class _Current(threading.local):
 _current = _Current()
 
 
+class _Head:
+    """The head of an answer being read: knows whether it came to its end."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self._last = b""
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the connection ended where the blank line should stand."""
+        return not self._last
+
+    def readline(self, limit: int) -> bytes:
+        self._last = self._file.readline(limit)
+        return self._last
+
+    def close(self) -> None:
+        self._file.close()
+
+
 class _Answer(http.client.HTTPResponse):
-    """Notes the first byte of an answer."""
+    """Notes the first byte of an answer, and takes no half head for one, which http.client does."""
 
     def begin(self) -> None:
         if _current.call is not None and self.fp.peek(1):
             _current.call.heard = True
-        super().begin()
+        file, head = self.fp, _Head(self.fp)
+        self.fp = head  # type: ignore[assignment]
+        try:
+            super().begin()
+        finally:
+            if self.fp is not None:  # it is None where no body follows
+                self.fp = file
+        if head.is_cut:
+            self.close()
+            raise http.client.IncompleteRead(b"")
 
 
 class _Connection(HTTPConnection):
@@ -266,16 +299,18 @@ class _Connection(HTTPConnection):
             if self._handle is not None:
                 self._handle.close()
 
-    def request(self, *args: Any, **kwargs: Any) -> None:
+    def request(self, method: str, url: str, *args: Any, **kwargs: Any) -> None:
         call = _current.call
         assert call is not None
+        if url.startswith("/") and _PRINTABLE.fullmatch(call.target):
+            url = call.target
         if self.sock is None:
             self.connect()
         elif not call.connected:
             call.reused = True
             self._use(call)
         self.timeout = None  # else the connect timeout would bound the upload too
-        super().request(*args, **kwargs)
+        super().request(method, url, *args, **kwargs)
 
     def let_go(self) -> None:
         """Before the connection goes back to the pool: a late abort must not hit the next call."""
@@ -400,4 +435,6 @@ def _plain(error: Exception | None) -> str:
             return cause.strerror.lower()
         if isinstance(cause, urllib3.exceptions.DecodeError):
             return "the answer's content encoding is broken"
+        if isinstance(cause, urllib3.exceptions.ProtocolError) and "prematurely" in str(cause):
+            return "the answer was cut short"
     return "the answer was cut short" if error is None else f"no valid HTTP ({type(error).__name__})"

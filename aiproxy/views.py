@@ -90,14 +90,14 @@ def _read_body(limit: int) -> bytes:
 def _read_piece(size: int) -> bytes:
     try:
         piece: bytes = flask.request.environ["wsgi.input"].read(size)
-    except OSError:  # gunicorn's errors for bodies that break off or are badly chunked
+    except Exception:  # gunicorn's many errors for bodies that break off or are badly chunked
         raise ApiError(400, "invalid_request_error", "The request body could not be read.") from None
     return piece
 
 
 def _too_large(limit: int) -> ApiError:
     _drain()
-    return ApiError(413, "request_too_large", f"The request body is larger than {limit // 1024 // 1024} MB.")
+    return ApiError(413, "request_too_large", f"The request body is larger than {limit / 1024 / 1024:g} MB.")
 
 
 def _drain() -> None:
@@ -114,8 +114,8 @@ def _drain() -> None:
             if not piece:
                 break
             left -= len(piece)
-    except OSError:
-        return  # the client left, or is too slow: the answer may still reach it
+    except Exception:
+        return  # the client left, is too slow or sends nonsense: the answer may still reach it
     finally:
         if client is not None:
             client.settimeout(None)

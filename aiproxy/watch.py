@@ -55,8 +55,9 @@ class Watcher:
         with self._changed:
             heapq.heappush(self._heap, (deadline.at, next(self._order), deadline))
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="watch", daemon=True)
+                thread.start()
+                self._thread = thread
             elif self._heap[0][2] is deadline:
                 self._changed.notify()
         return deadline

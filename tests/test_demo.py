@@ -1,0 +1,167 @@
+"""The upstreams that answer in process: a first run without an account must look like the real thing."""
+
+import json
+import time
+
+import anthropic
+import pytest
+import requests
+from anthropic.types import Message
+from conftest import ROOT
+
+from aiproxy import demo
+from aiproxy.app import create_app
+from aiproxy.collect import Collector
+from aiproxy.config import Config, UpstreamSettings
+from aiproxy.sse import Framer, parse
+
+ASK = {"model": "claude-opus-4-8", "max_tokens": 100, "messages": [{"role": "user", "content": "Hi"}]}
+OURS = ("id",)  # made anew for each answer
+
+
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch):
+    monkeypatch.setattr(demo, "PAUSE", 0)
+
+
+def ask(place, body):
+    request = requests.PreparedRequest()
+    request.method, request.url = "POST", f"demo://{place}/v1/messages"
+    request.headers = requests.structures.CaseInsensitiveDict()
+    request.body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return demo.DemoAdapter().send(request)
+
+
+def read(response):
+    return b"".join(iter(lambda: response.raw.read1(65536), b""))
+
+
+def without(message, *names):
+    return {name: value for name, value in message.items() if name not in names}
+
+
+def collected(events):
+    collector = Collector()
+    for event in events:
+        collector.feed(event)
+    return json.loads(collector.message())
+
+
+def app_of(*places, **settings):
+    upstreams = [
+        UpstreamSettings(name=place, base_url=f"demo://{place}", weight=weight, **settings)
+        for place, weight in places
+    ]
+    return create_app(Config(upstreams=tuple(upstreams))).test_client()
+
+
+def test_the_whole_answer_is_a_message_of_the_model_that_was_asked_for():
+    response = ask("answers", ASK)
+    assert (response.status_code, response.headers["content-type"]) == (200, "application/json")
+    message = Message.model_validate_json(read(response))
+    assert message.model == "claude-opus-4-8"
+    assert "demo" in message.content[0].text
+    assert message.usage.output_tokens > 0
+
+
+def test_the_stream_spells_the_same_message_as_the_whole_answer():
+    whole = json.loads(read(ask("answers", ASK)))
+    response = ask("answers", {**ASK, "stream": True})
+    assert (response.status_code, response.headers["content-type"]) == (200, "text/event-stream")
+    assert without(collected(parse(read(response))), *OURS) == without(whole, *OURS)
+
+
+def test_the_stream_is_well_formed_and_comes_in_many_pieces():
+    response = ask("answers", {**ASK, "stream": True})
+    pieces = list(iter(lambda: response.raw.read1(65536), b""))
+    framer = Framer()
+    assert all(framer.feed(piece) == piece for piece in pieces)  # each piece is whole events
+    names = [event.name.decode() for event in parse(b"".join(pieces))]
+    assert names[:2] == ["message_start", "content_block_start"]
+    assert names[-3:] == ["content_block_stop", "message_delta", "message_stop"]
+    assert names.count("content_block_delta") == len(names) - 5 > 5
+    for event in parse(b"".join(pieces)):
+        assert json.loads(event.data)["type"] == event.name.decode()
+
+
+def test_the_stream_is_seen_to_stream(monkeypatch):
+    monkeypatch.setattr(demo, "PAUSE", 0.01)
+    began = time.monotonic()
+    read(ask("answers", {**ASK, "stream": True}))
+    took = time.monotonic() - began
+    assert took > 0.1
+    monkeypatch.setattr(demo, "PAUSE", 0.3)
+    began = time.monotonic()
+    read(ask("answers", ASK))
+    assert time.monotonic() - began < 0.2  # a whole answer has nothing to wait for
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_overloaded_one_always_says_so_in_the_api_s_shape(stream):
+    response = ask("overloaded", {**ASK, "stream": stream})
+    body = json.loads(read(response))
+    assert (response.status_code, response.headers["content-type"]) == (529, "application/json")
+    assert body["error"]["type"] == "overloaded_error"
+    assert body["request_id"] == response.headers["request-id"]
+
+
+def test_every_answer_has_ids_of_its_own():
+    responses = [ask("answers", ASK) for _ in range(3)]
+    assert len({response.headers["request-id"] for response in responses}) == 3
+    assert len({json.loads(read(response))["id"] for response in responses}) == 3
+
+
+@pytest.mark.parametrize(
+    "extra", [b"9" * 5000, b"1e999", b'"\\ud83d"'], ids=["long-int", "huge", "surrogate"]
+)
+def test_a_body_with_odd_values_is_answered(extra):
+    body = json.dumps({**ASK, "x": "here"}).encode().replace(b'"here"', extra)
+    response = app_of(("answers", 1)).post("/v1/messages", data=body)
+    assert response.status_code == 200
+
+
+def test_through_the_proxy_both_forms_arrive_whole():
+    client = app_of(("answers", 1))
+    whole = client.post("/v1/messages", json=ASK)
+    stream = client.post("/v1/messages", json={**ASK, "stream": True})
+    assert whole.content_type == "application/json"
+    assert stream.content_type == "text/event-stream"
+    assert without(collected(parse(stream.data)), *OURS) == without(whole.json, *OURS)
+    assert whole.headers["x-aiproxy-upstream"] == "answers"
+
+
+def test_must_stream_collects_the_demo_s_stream():
+    response = app_of(("answers", 1), must_stream=True).post("/v1/messages", json=ASK)
+    assert Message.model_validate_json(response.data).stop_reason == "end_turn"
+
+
+def test_a_first_run_shows_failover_and_then_the_open_circuit(capsys):
+    client = app_of(("answers", 1), ("overloaded", 2))
+    attempts = []
+    for _ in range(8):
+        response = client.post("/v1/messages", json=ASK)
+        assert response.status_code == 200
+        attempts.append(response.headers["x-aiproxy-attempts"])
+    assert attempts[0] == "2"  # seen at once
+    assert attempts.count("2") == 3
+    assert attempts[-2:] == ["1", "1"]
+    out = capsys.readouterr().out
+    assert out.count("circuit upstream=overloaded state=open") == 1
+
+
+def test_only_the_overloaded_one_gives_its_own_error():
+    response = app_of(("overloaded", 1)).post("/v1/messages", json=ASK)
+    assert (response.status_code, response.json["error"]["type"]) == (529, "overloaded_error")
+
+
+def test_the_demo_config_is_the_two_of_them():
+    text = (ROOT / "config.example.yaml").read_text(encoding="utf-8")
+    assert "demo://answers" in text
+    assert "demo://overloaded" in text
+
+
+def test_the_sdk_takes_the_demo_s_error_for_an_overload(config_of, serve):
+    served = serve(config_of([{"base_url": "demo://overloaded"}]))
+    client = anthropic.Anthropic(base_url=served.url, api_key="any-text", max_retries=0)
+    with client, pytest.raises(anthropic.OverloadedError):
+        client.messages.create(**ASK)

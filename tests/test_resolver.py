@@ -1,0 +1,212 @@
+"""Names to addresses: in bounded time, with one lookup for all who wait."""
+
+import contextlib
+import socket
+import threading
+import time
+
+import pytest
+
+from aiproxy import resolver
+from aiproxy.resolver import Resolver
+
+FOUND = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("192.0.2.7", 443))]
+
+
+class Lookups:
+    """A `getaddrinfo` that waits for `gate` and then gives `answer`, or raises it."""
+
+    def __init__(self):
+        self.gate = threading.Event()
+        self.answer = FOUND
+        self.asked = []
+        self.began = threading.Semaphore(0)
+
+    def __call__(self, host, port, *args, **kwargs):
+        self.asked.append((host, port))
+        self.began.release()
+        assert self.gate.wait(10)
+        if isinstance(self.answer, BaseException):
+            raise self.answer
+        return list(self.answer)
+
+
+@pytest.fixture
+def lookups(monkeypatch):
+    fake = Lookups()
+    monkeypatch.setattr(socket, "getaddrinfo", fake)
+    yield fake
+    fake.gate.set()  # the threads left behind end
+    for thread in resolve_threads():
+        thread.join(2)
+
+
+def resolve_threads():
+    return [thread for thread in threading.enumerate() if thread.name == "resolve"]
+
+
+def in_threads(count, work):
+    """Do the work in so many threads at once; returns what waits for their results, exceptions included."""
+    results = []
+
+    def run():
+        try:
+            results.append(work())
+        except Exception as error:
+            results.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+
+    def wait():
+        for thread in threads:
+            thread.join(5)
+        return results
+
+    return wait
+
+
+def test_a_name_becomes_what_the_system_says(lookups):
+    lookups.gate.set()
+    assert Resolver().resolve("api.example", 443, 1) == FOUND
+    assert lookups.asked == [("api.example", 443)]
+
+
+def test_the_system_s_own_answer_is_for_streams():
+    found = Resolver().resolve("localhost", 8080, 5)
+    assert found
+    assert {kind for _, kind, _, _, _ in found} == {socket.SOCK_STREAM}
+    assert {place[1] for *_, place in found} == {8080}
+
+
+def test_all_who_want_a_name_share_one_lookup(lookups):
+    one = Resolver()
+    wait = in_threads(20, lambda: one.resolve("api.example", 443, 5))
+    assert lookups.began.acquire(timeout=2)
+    time.sleep(0.05)  # the others come while it runs
+    assert len(resolve_threads()) == 1
+    lookups.gate.set()
+    assert wait() == [FOUND] * 20
+    assert lookups.asked == [("api.example", 443)]
+
+
+def test_other_names_do_not_wait_for_one_that_hangs(lookups):
+    one = Resolver()
+    with pytest.raises(TimeoutError):
+        one.resolve("hangs.example", 443, 0.05)
+    lookups.gate.set()
+    assert one.resolve("api.example", 443, 1) == FOUND
+
+
+def test_a_name_is_looked_up_anew_when_nobody_waits(lookups):
+    lookups.gate.set()
+    one = Resolver()
+    for _ in range(3):
+        one.resolve("api.example", 443, 1)
+        for thread in resolve_threads():
+            thread.join(2)
+    assert len(lookups.asked) == 3
+
+
+def test_a_lookup_that_hangs_ends_in_a_timeout_in_time(lookups):
+    began = time.monotonic()
+    with pytest.raises(TimeoutError):
+        Resolver().resolve("api.example", 443, 0.1)
+    assert 0.1 <= time.monotonic() - began < 0.3
+
+
+def test_lookups_that_hang_do_not_pile_up_in_threads(lookups):
+    one = Resolver()
+    for _ in range(5):
+        with pytest.raises(TimeoutError):
+            one.resolve("api.example", 443, 0.01)
+    assert len(resolve_threads()) == 1
+    assert len(lookups.asked) == 1
+
+
+def test_the_next_caller_takes_the_late_answer_of_a_lookup_that_others_gave_up(lookups):
+    one = Resolver()
+    with pytest.raises(TimeoutError):
+        one.resolve("api.example", 443, 0.01)
+    wait = in_threads(1, lambda: one.resolve("api.example", 443, 5))
+    lookups.gate.set()
+    assert wait() == [FOUND]
+
+
+def test_a_name_that_is_not_found_is_told_to_all_who_wait(lookups):
+    lookups.answer = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+    one = Resolver()
+    wait = in_threads(5, lambda: one.resolve("nowhere.example", 443, 5))
+    assert lookups.began.acquire(timeout=2)
+    lookups.gate.set()
+    results = wait()
+    assert len(results) == 5
+    assert all(isinstance(result, socket.gaierror) for result in results)
+
+
+def test_a_failure_is_not_remembered(lookups):
+    lookups.gate.set()
+    one = Resolver()
+    lookups.answer = socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+    with pytest.raises(socket.gaierror):
+        one.resolve("api.example", 443, 1)
+    for thread in resolve_threads():
+        thread.join(2)
+    lookups.answer = FOUND
+    assert one.resolve("api.example", 443, 1) == FOUND
+
+
+@pytest.mark.parametrize("name", ["a" * 64 + ".example", "a..example", ".example", "\u2028.example"])
+def test_a_name_that_cannot_be_one_is_not_found_at_once(name):
+    began = time.monotonic()
+    with pytest.raises(socket.gaierror):
+        Resolver().resolve(name, 443, 3)
+    assert time.monotonic() - began < 2
+
+
+def test_a_lookup_that_fails_in_an_unknown_way_does_not_hold_up_those_who_wait(lookups):
+    lookups.answer = ValueError("embedded null character")
+    lookups.gate.set()
+    began = time.monotonic()
+    with pytest.raises(Exception) as caught:
+        Resolver().resolve("api.example", 443, 0.3)
+    assert not isinstance(caught.value, TimeoutError)
+    assert time.monotonic() - began < 0.25
+
+
+@pytest.mark.parametrize(
+    ("host", "family", "address"),
+    [
+        ("127.0.0.1", socket.AF_INET, "127.0.0.1"),
+        ("::1", socket.AF_INET6, "::1"),
+        ("[::1]", socket.AF_INET6, "::1"),
+        ("::ffff:192.0.2.1", socket.AF_INET6, "::ffff:192.0.2.1"),
+    ],
+)
+def test_a_literal_address_takes_no_thread(monkeypatch, host, family, address):
+    def no_thread(*args, **kwargs):
+        raise AssertionError("a thread was started")
+
+    monkeypatch.setattr(resolver.threading, "Thread", no_thread)
+    found = Resolver().resolve(host, 8443, 0)
+    assert [(one[0], one[4][:2]) for one in found] == [(family, (address, 8443))]
+
+
+def test_the_threads_do_not_keep_a_process_from_ending(lookups):
+    with pytest.raises(TimeoutError):
+        Resolver().resolve("api.example", 443, 0.01)
+    assert all(thread.daemon for thread in resolve_threads())
+
+
+def test_a_thread_that_cannot_be_started_is_started_by_the_next_caller(lookups, monkeypatch):
+    def no_more_threads(thread):
+        raise RuntimeError("can't start new thread")
+
+    lookups.gate.set()
+    one = Resolver()
+    with monkeypatch.context() as exhausted:
+        exhausted.setattr(threading.Thread, "start", no_more_threads)
+        with contextlib.suppress(RuntimeError, OSError):
+            one.resolve("api.example", 443, 0.05)
+    assert one.resolve("api.example", 443, 1) == FOUND

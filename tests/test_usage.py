@@ -1,0 +1,112 @@
+"""The tokens that an answer says it used, whatever else it says."""
+
+import json
+
+import pytest
+
+from aiproxy.body import members
+from aiproxy.usage import Usage
+
+ALL = {
+    "input_tokens": 11,
+    "output_tokens": 22,
+    "cache_read_input_tokens": 33,
+    "cache_creation_input_tokens": 44,
+}
+
+
+def figures(usage):
+    return {name: getattr(usage, name) for name in ALL}
+
+
+def of_answer(spelt):
+    usage = Usage()
+    usage.note_answer(members(spelt))
+    return figures(usage)
+
+
+def of_events(*events):
+    usage = Usage()
+    for name, data in events:
+        usage.note_event(name, data if isinstance(data, bytes) else json.dumps(data).encode())
+    return figures(usage)
+
+
+def started(**usage):
+    return b"message_start", {"type": "message_start", "message": {"id": "msg_1", "usage": usage}}
+
+
+def delta(**usage):
+    return b"message_delta", {"type": "message_delta", "delta": {}, "usage": usage}
+
+
+def test_a_whole_answer_says_all_four():
+    assert of_answer(json.dumps({"type": "message", "usage": {**ALL, "service_tier": "x"}}).encode()) == ALL
+
+
+def test_what_an_answer_does_not_say_is_not_known():
+    assert of_answer(b'{"usage": {"output_tokens": 5}}') == {**dict.fromkeys(ALL), "output_tokens": 5}
+
+
+def test_zero_is_a_figure():
+    assert of_answer(b'{"usage": {"input_tokens": 0}}')["input_tokens"] == 0
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [
+        *(b"null", b"3", b"[]", b'"x"', b"{}", b"true"),
+        *(b'{"input_tokens":null}', b'{"input_tokens":"7"}', b'{"input_tokens":-7}', b'{"input_tokens":[7]}'),
+        *(b'{"input_tokens":7.5}', b'{"input_tokens":{"input_tokens":7}}', b'{"input_tokens":true}'),
+        b'{"input_tokens":' + b"9" * 5000 + b"}",
+    ],
+)
+def test_nonsense_is_no_figure_and_no_harm(usage):
+    assert of_answer(b'{"type":"message","usage":' + usage + b"}") == dict.fromkeys(ALL)
+
+
+def test_an_answer_without_usage_says_nothing():
+    assert of_answer(b'{"type":"message"}') == dict.fromkeys(ALL)
+
+
+def test_of_a_stream_s_cumulative_figures_the_latest_holds():
+    assert of_events(started(**ALL), delta(output_tokens=50), delta(output_tokens=99)) == {
+        **ALL,
+        "output_tokens": 99,
+    }
+
+
+def test_a_delta_overwrites_also_with_zero_and_never_adds():
+    assert of_events(started(**ALL), delta(**dict.fromkeys(ALL, 0))) == dict.fromkeys(ALL, 0)
+
+
+def test_null_and_absent_keep_what_came_before():
+    assert of_events(started(**ALL), delta(input_tokens=None), delta()) == ALL
+
+
+def test_a_start_s_figures_are_the_message_s_not_the_event_s():
+    event = {"type": "message_start", "usage": dict.fromkeys(ALL, 1), "message": {"usage": ALL}}
+    assert of_events((b"message_start", event)) == ALL
+
+
+def test_a_delta_s_figures_are_the_event_s_not_the_message_s():
+    event = {"type": "message_delta", "usage": ALL, "message": {"usage": dict.fromkeys(ALL, 1)}}
+    assert of_events((b"message_delta", event)) == ALL
+
+
+@pytest.mark.parametrize("name", [b"message_start", b"message_delta"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'{"message": 3, "usage": 3}',
+        b"\xff\xfe",
+        b"[" * 200_000,
+        b'{"message":null}',
+    ],
+)
+def test_an_event_that_is_nonsense_does_no_harm(name, data):
+    assert of_events(started(**ALL), (name, data)) == ALL
