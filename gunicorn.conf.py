@@ -3,9 +3,10 @@
 import json
 import os
 import shlex
+import socket
 import sys
 
-from aiproxy.config import ConfigError, load, path_from
+from aiproxy.config import ConfigError, is_loopback, load, path_from
 
 try:
     # Here, before any port is opened: a faulty configuration must stop the start.
@@ -24,6 +25,26 @@ keepalive = 75  # longer than nginx's 60 and the SDKs' 5, so that they close fir
 control_socket_disable = True
 
 
+def on_starting(server):
+    """The command line may bind another address than the configuration, which was checked."""
+    hosts = [host for address in server.address for host in _hosts(address)]
+    if not _config.may_serve_strangers and not all(map(is_loopback, hosts)):
+        sys.exit("bind: other machines may reach it: set api_keys, or allow_anonymous: true")
+
+
+def _hosts(address):
+    """Where one of gunicorn's addresses listens: none for a unix socket."""
+    if isinstance(address, int):  # fd://, a socket that was opened by whoever started this
+        with socket.socket(fileno=os.dup(address)) as inherited:
+            address = inherited.getsockname()
+    return [address[0]] if isinstance(address, tuple) else []
+
+
+def post_worker_init(worker):
+    """Tell the application how many threads serve it."""
+    worker.wsgi.extensions["aiproxy"].serve_with(worker.cfg.threads)
+
+
 def worker_int(worker):
     """Ctrl-C: end at once. Running streams are cut off; gunicorn would wait for their threads."""
     os._exit(0)
@@ -33,6 +54,8 @@ def when_ready(server):
     """Say where it listens and how to try it."""
     for warning in _config.warnings:
         print(f"warning: {warning}", flush=True)
+    if not _config.may_serve_strangers:
+        print("warning: no api_keys are set: every user of this machine is served", flush=True)
     if _config.is_demo:
         print(
             "*** This is the demo: its upstreams answer in process, no account is used. "
@@ -54,4 +77,6 @@ def _example(address):
         words = ["curl", "--unix-socket", address.removeprefix("unix:"), "http://localhost/v1/messages"]
     if not _config.is_demo:
         words += ["-H", "content-type: application/json", "-H", "anthropic-version: 2023-06-01"]
+    if _config.api_keys:
+        words += ["-H", "x-api-key: ONE-OF-YOUR-api_keys"]
     return shlex.join([*words, "-d", json.dumps(body, separators=(",", ":"))])

@@ -3,9 +3,8 @@
 import os
 import sys
 
-from aiproxy.config import ConfigError, load, path_from
-
 from aiproxy.app import create_app
+from aiproxy.config import ConfigError, load, path_from
 
 try:
     app = create_app(load(path_from(os.environ)))

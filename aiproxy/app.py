@@ -11,25 +11,48 @@ from .balancer import Balancer
 from .breaker import Breaker
 from .config import Config
 from .forwarder import Forwarder
+from .gate import Gate
+from .keys import Keys
+from .models import Models
+from .threads import Owners
 from .transport import Transport
 from .upstream import Upstream
-from .views import create_blueprint
+from .views import Doors, create_blueprint
 from .watch import Watcher
+
+#: gunicorn.conf.py's; what another server or the command line sets is told by `Gate.serve_with`.
+DEFAULT_THREADS = 256
 
 
 def create_app(config: Config, clock: Callable[[], float] = time.monotonic) -> flask.Flask:
-    """The WSGI application for a loaded configuration; `clock` is the circuit breakers'."""
+    """The WSGI application for a loaded configuration; `clock` is the circuit breakers'.
+
+    `app.extensions["aiproxy"]` is its `Gate`, which wants to be told how many threads serve it.
+    """
     logs.configure(config.logging.level)
     enabled = [settings for settings in config.upstreams if settings.enabled]
     upstreams = [
         Upstream(settings, Breaker(config.breaker.failures, config.breaker.cooldown, clock))
         for settings in enabled
     ]
-    watcher = Watcher()
-    transport = Transport(watcher, config.timeouts.connect)
-    redactor = logs.Redactor(settings.token for settings in config.upstreams)
-    forwarder = Forwarder(Balancer(upstreams), Tools(transport, watcher, config.timeouts), redactor)
+    watcher = Watcher(patience=config.timeouts.idle)
+    tools = Tools(Transport(watcher, config.timeouts.connect), watcher, config.timeouts)
+    redactor = logs.Redactor(
+        tokens=[each.token for each in config.upstreams], keys=[each.key for each in config.api_keys]
+    )
+    gate = Gate(config.max_in_flight)
+    gate.serve_with(DEFAULT_THREADS)
+    doors = Doors(
+        config=config,
+        forwarder=Forwarder(Balancer(upstreams), tools, Owners(clock), config.affinity, redactor),
+        models=Models(enabled),
+        keys=Keys({each.name: each.key for each in config.api_keys}),
+        gate=gate,
+        watcher=watcher,
+        redactor=redactor,
+    )
     app = flask.Flask("aiproxy", static_folder=None)
     app.url_map.merge_slashes = False  # a doubled slash is another path, no reason for a redirect
-    app.register_blueprint(create_blueprint(config, forwarder, redactor))
+    app.register_blueprint(create_blueprint(doors))
+    app.extensions["aiproxy"] = gate
     return app

@@ -5,6 +5,7 @@ Up to the commit point a failure costs the client nothing. From there on a `Rela
 
 import contextlib
 import logging
+import re
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -14,17 +15,17 @@ import msgspec
 from . import logs, sse
 from .balancer import Choice
 from .body import Body, members, text
-from .breaker import Change, Outcome
+from .breaker import Outcome
 from .collect import Collector, Malformed
 from .config import Timeouts
 from .errors import STATUS_OF_TYPE
 from .headers import Pairs, media_type, to_client, to_upstream, value_of
 from .policy import Fault, seconds_of
 from .relay import AFTER_STOP, Relay
+from .report import Report
 from .transport import Call, CallFailed, Transport
 from .upstream import MESSAGES
-from .usage import Usage
-from .watch import Deadline, Reason, Watcher
+from .watch import Deadline, Reason, Scope, Watcher
 
 #: Bytes of a whole answer, of a collected stream, and of what is held before a stream's commit point.
 ANSWER_LIMIT = 64 * 1024 * 1024
@@ -34,6 +35,7 @@ ERROR_LIMIT = 16 * 1024 * 1024
 _SAMPLE = 4096
 
 _JSON, _EVENTS = "application/json", "text/event-stream"
+_MEDIA_TYPE = re.compile(r"(?:text|application|image|audio|video|multipart)/[a-z0-9.+-]{1,40}")
 _PARTIAL_STRINGS = "fine-grained-tool-streaming-2025-05-14"
 
 
@@ -41,11 +43,15 @@ class Request(msgspec.Struct, frozen=True):
     """What a client asked: the same for every attempt."""
 
     id: str
+    method: str
+    path: str
     query: str
     headers: tuple[tuple[str, str], ...]
     body: Body
+    client: str | None  # the name of its key
     secrets: tuple[str, ...]  # the client's credentials, so that no log shows them
     began: float  # monotonic seconds
+    scope: Scope  # ends the request's calls when the client leaves
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -80,7 +86,7 @@ class Attempt:
 
     def __init__(self, tools: Tools, choice: Choice, request: Request) -> None:
         self.upstream = choice.upstream
-        self.usage = Usage()
+        self.report = Report()
         self.status: int | None = None
         self.upstream_request_id: str | None = None
         self.first_byte: float | None = None  # seconds from the attempt's start to the answer's head
@@ -88,10 +94,11 @@ class Attempt:
         self.model = choice.upstream.model_for(request.body.model)
         self._tools = tools
         self._request = request
-        self._permit = choice.permit
-        self._settled = False
-        self._collects = choice.upstream.settings.must_stream and not request.body.stream
-        self._streams = choice.upstream.settings.must_stream or request.body.stream
+        self._choice = choice
+        asks_for_message = request.path == MESSAGES
+        must_stream = choice.upstream.settings.must_stream and asks_for_message
+        self._collects = must_stream and not request.body.stream
+        self._streams = must_stream or (request.body.stream and asks_for_message)
         self._began = time.monotonic()
         self._call: Call | None = None
         self._deadlines: list[Deadline] = []
@@ -106,9 +113,6 @@ class Attempt:
             outcome = Failure(failed.fault, failed.detail)
         except sse.EventTooLarge:
             outcome = Failure(Fault.BROKEN, "an event is over the size limit")
-        except BaseException:
-            self.settle(Outcome.UNDECIDED)
-            raise
         finally:
             self._forget_deadlines()
             if self._call is not None and not relaying:
@@ -117,15 +121,11 @@ class Attempt:
 
     def settle(self, outcome: Outcome) -> None:
         """Give the permit back; only the first time counts."""
-        if not self._settled:
-            self._settled = True
-            self._tell(self.upstream.breaker.settle(self._permit, outcome))
+        self._choice.settle(outcome)
 
     def rest(self, seconds: float) -> None:
         """Give the permit back and let the upstream rest."""
-        if not self._settled:
-            self._settled = True
-            self._tell(self.upstream.breaker.rest(self._permit, seconds))
+        self._choice.rest(seconds)
 
     def _run(self) -> Answer | Failure:
         call = self._send()
@@ -147,12 +147,13 @@ class Attempt:
         """Send the request; once more on a fresh connection if a reused one turns out to be dead."""
         body = self._request.body.spliced(self.model, self._streams or self._request.body.stream)
         headers = to_upstream(self._request.headers, self.upstream.credential, self.upstream.extra_headers)
-        url = self.upstream.url(MESSAGES, self._request.query)
+        url = self.upstream.url(self._request.path, self._request.query)
         for fresh in (False, True):
             call = self._call = self._tools.transport.call(fresh)
+            self._request.scope.enter(call)
             self._set_deadlines(call)
             try:
-                self._tools.transport.send(call, url, headers, body)
+                self._tools.transport.send(call, self._request.method, url, headers, body)
             except CallFailed as failed:
                 if fresh or not failed.stale:
                     raise
@@ -169,7 +170,7 @@ class Attempt:
         """
         timeouts = self._tools.timeouts
         limits = [timeouts.first_byte] if self._streams else []
-        if not self._request.body.stream:
+        if not self._streams or self._collects:
             limits.append(timeouts.answer)
         spent = time.monotonic() - self._began
         self._deadlines = [
@@ -188,7 +189,7 @@ class Attempt:
             return Failure(Fault.NO_ANSWER, "the body is no JSON object", body=body[:_SAMPLE])
         if _is_error(message):
             return self._error(_status_of(message), body, call.headers)
-        self.usage.note_answer(message)
+        self.report.note_answer(message)
         self.settle(Outcome.SUCCESS)
         return Answer(call.status, to_client(call.headers, call.decoded), body)
 
@@ -205,7 +206,7 @@ class Attempt:
                 for event in sse.parse(framer.feed(piece)):
                     collector.feed(event)
                     if event.name in (b"message_start", b"message_delta"):
-                        self.usage.note_event(event.name, event.data)
+                        self.report.note_event(event.name, event.data)
                 if collector.error is not None:
                     return self._error_event(collector.error, call.headers)
                 if collector.complete:
@@ -245,13 +246,13 @@ class Attempt:
         self._forget_deadlines()
         call.check()  # the deadline may have passed this moment
         call.idle(self._tools.timeouts.idle)
-        self._permit, change = self.upstream.breaker.commit(self._permit)
-        self._tell(change)
+        self._choice.commit()
         return Answer(call.status, to_client(call.headers, call.decoded), relay)
 
     def _wrong_type(self, call: Call, kind: str) -> Failure:
         """An answer that is neither the JSON nor the events that were asked for."""
-        detail = f"content type {kind[:60] or 'missing'} instead of {_EVENTS if self._streams else _JSON}"
+        shown = kind if _MEDIA_TYPE.fullmatch(kind) else "missing or odd"
+        detail = f"content type {shown} instead of {_EVENTS if self._streams else _JSON}"
         if kind == _EVENTS:
             logs.line(
                 logging.WARNING,
@@ -287,10 +288,6 @@ class Attempt:
             return Failure(Fault.NO_ANSWER, "an error event that is no JSON object", body=data[:_SAMPLE])
         kept = [pair for pair in headers if pair[0] != "content-type"]
         return self._error(status, data, [*kept, ("content-type", _JSON)])
-
-    def _tell(self, change: Change | None) -> None:
-        if change is not None:
-            logs.circuit(self.upstream.name, change.state, change.seconds)
 
 
 def _read(call: Call, limit: int) -> bytes:

@@ -1,5 +1,7 @@
 """Who is next: smooth weighted round robin over the upstreams that serve a model and are usable.
 
+A request may prefer some upstreams, in an order of its own (a session's); it then moves no cursor.
+
 The cursor is one number an upstream, under a thread lock; breakers' locks are taken inside it, never
 the other way round. A walk serves one request: it gives each upstream at most once, together with
 its permit, and hands back the turn of an upstream that gave no answer, so that the upstreams which
@@ -9,21 +11,46 @@ do answer share the requests exactly by weight.
 import threading
 from collections.abc import Sequence
 
-import msgspec
-
-from .breaker import Pass, Permit
+from . import logs
+from .breaker import Change, Outcome, Pass, Permit
 from .upstream import Upstream
 
 
-class Choice(msgspec.Struct, frozen=True):
-    """The next upstream and the permit for one attempt at it; whoever takes it settles the permit."""
+class Choice:
+    """The next upstream, and leave for one attempt at it, which whoever takes it settles.
 
-    upstream: Upstream
-    permit: Permit
+    Only the first settlement counts, so every way out of an attempt may settle. Without a permit the
+    attempt concerns no circuit breaker. What changes a circuit is logged here, outside its lock.
+    """
 
-    @property
-    def is_trial(self) -> bool:
-        return self.permit.kind is not Pass.ORDINARY
+    def __init__(self, upstream: Upstream, permit: Permit | None = None) -> None:
+        self.upstream = upstream
+        self.kind = None if permit is None else permit.kind
+        self._permit = permit
+        if permit is not None and permit.kind is not Pass.ORDINARY:
+            logs.circuit(upstream.name, permit.kind.value)
+
+    def settle(self, outcome: Outcome) -> None:
+        """Give the permit back with what became of it."""
+        permit, self._permit = self._permit, None
+        if permit is not None:
+            self._tell(self.upstream.breaker.settle(permit, outcome))
+
+    def rest(self, seconds: float) -> None:
+        """Give the permit back and let the upstream rest."""
+        permit, self._permit = self._permit, None
+        if permit is not None:
+            self._tell(self.upstream.breaker.rest(permit, seconds))
+
+    def commit(self) -> None:
+        """The answer is committed: see `Breaker.commit`."""
+        if self._permit is not None:
+            self._permit, change = self.upstream.breaker.commit(self._permit)
+            self._tell(change)
+
+    def _tell(self, change: Change | None) -> None:
+        if change is not None:
+            logs.circuit(self.upstream.name, change.state, change.seconds)
 
 
 class Balancer:
@@ -34,11 +61,15 @@ class Balancer:
         self._lock = threading.Lock()
         self._current = dict.fromkeys(self.upstreams, 0)
 
-    def candidates(self, model: str) -> "Walk":
-        """The upstreams for one request, in the order in which they should be tried."""
-        return Walk(self, [upstream for upstream in self.upstreams if upstream.serves(model)])
+    def serving(self, model: str) -> list[Upstream]:
+        """The upstreams that a request for `model` may go to."""
+        return [upstream for upstream in self.upstreams if upstream.serves(model)]
 
-    def turn(self, among: Sequence[Upstream]) -> tuple[Choice, dict[Upstream, int]] | None:
+    def candidates(self, among: Sequence[Upstream], preferred: Sequence[Upstream] = ()) -> "Walk":
+        """The way of one request through `among`: the usable ones of `preferred` first, in that order."""
+        return Walk(self, list(among), preferred)
+
+    def turn(self, among: Sequence[Upstream]) -> tuple[Upstream, Permit, dict[Upstream, int]] | None:
         """One step of nginx's smooth weighted round robin; also what it moved, for `give_back`.
 
         Each gains its weight, the one that is furthest ahead is chosen and pays the sum:
@@ -55,7 +86,7 @@ class Balancer:
                 moved = {upstream: upstream.weight for upstream in usable}
                 moved[chosen] -= sum(upstream.weight for upstream in usable)
                 self._move(moved, 1)
-                return Choice(chosen, permit), moved
+                return chosen, permit, moved
         return None
 
     def give_back(self, moved: dict[Upstream, int]) -> None:
@@ -71,11 +102,11 @@ class Balancer:
 class Walk:
     """One request's way through the upstreams; used by the one thread that serves the request."""
 
-    def __init__(self, balancer: Balancer, upstreams: list[Upstream]) -> None:
+    def __init__(self, balancer: Balancer, upstreams: list[Upstream], preferred: Sequence[Upstream]) -> None:
         self._balancer = balancer
         self._left = upstreams
+        self._preferred = preferred
         self._moved: dict[Upstream, int] = {}
-        self.is_empty = not upstreams
 
     def next(self, last_resort: bool) -> Choice | None:
         """The next upstream, if one is left.
@@ -84,13 +115,23 @@ class Walk:
         """
         self._balancer.give_back(self._moved)
         self._moved = {}
-        turn = self._balancer.turn(self._left)
-        if turn is not None:
-            choice, self._moved = turn
-        elif last_resort and self._left:
+        choice = self._preferred_one() or self._turn()
+        if choice is None and last_resort and self._left:
             soonest = min(self._left, key=lambda upstream: upstream.breaker.due())
             choice = Choice(soonest, soonest.breaker.acquire_last_resort())
-        else:
-            return None
-        self._left.remove(choice.upstream)
+        if choice is not None:
+            self._left.remove(choice.upstream)
         return choice
+
+    def _preferred_one(self) -> Choice | None:
+        for upstream in self._preferred:
+            if upstream in self._left and (permit := upstream.breaker.acquire()) is not None:
+                return Choice(upstream, permit)
+        return None
+
+    def _turn(self) -> Choice | None:
+        turn = self._balancer.turn(self._left)
+        if turn is None:
+            return None
+        upstream, permit, self._moved = turn
+        return Choice(upstream, permit)

@@ -36,14 +36,14 @@ class Body(msgspec.Struct, frozen=True):
             members["stream"] = b"true" if stream else b"false"
         return b"{" + b",".join(_key(name) + b":" + value for name, value in members.items()) + b"}"
 
-    def preview(self, limit: int) -> str:
-        """The beginning of the last user message's text, for the log: at most `limit` characters."""
+    def preview(self) -> str:
+        """The last user message's text, for the log."""
         try:
             messages = msgspec.json.decode(self.members.get("messages", b"[]"), type=list[msgspec.Raw])
             for message in reversed(messages):
                 fields = members(bytes(message))
                 if text(fields.get("role", b"null")) == "user":
-                    return _text_of(json.loads(fields.get("content", b"null")))[:limit]
+                    return _text_of(json.loads(fields.get("content", b"null")))
         except (ValueError, RecursionError, msgspec.DecodeError):
             pass
         return ""

@@ -50,6 +50,20 @@ class LoggingSettings(msgspec.Struct, frozen=True):
     prompt_preview: int = 100
 
 
+class ClientKey(msgspec.Struct, frozen=True):
+    """A key that clients may use; logs show its name, never the key."""
+
+    name: str
+    key: str
+
+    def __repr__(self) -> str:
+        return f"ClientKey(name={self.name!r}, key='...')"
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        """As `UpstreamSettings.__rich_repr__`."""
+        return [("name", self.name), ("key", "...")]
+
+
 class UpstreamSettings(msgspec.Struct, frozen=True):
     """One upstream, enabled or not.
 
@@ -89,6 +103,10 @@ class Config(msgspec.Struct, frozen=True):
     timeouts: Timeouts = Timeouts()
     breaker: BreakerSettings = BreakerSettings()
     logging: LoggingSettings = LoggingSettings()
+    api_keys: tuple[ClientKey, ...] = ()
+    allow_anonymous: bool = False
+    affinity: str = "prompt_cache"
+    max_in_flight: int | None = None
     upstreams: tuple[UpstreamSettings, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -96,6 +114,11 @@ class Config(msgspec.Struct, frozen=True):
     def is_demo(self) -> bool:
         """Whether some enabled upstream is one that answers in process."""
         return any(each.enabled and each.base_url.startswith("demo://") for each in self.upstreams)
+
+    @property
+    def may_serve_strangers(self) -> bool:
+        """Whether it may be reachable from other machines: clients bring keys, or none are wanted."""
+        return bool(self.api_keys) or self.allow_anonymous
 
     @property
     def address(self) -> str:
@@ -128,11 +151,31 @@ def load(path: Path, environ: Mapping[str, str] = os.environ) -> Config:
     found = root.read(lambda value: value.fields(_CONFIG))
     if found is not None and "upstreams" not in found:
         root.fault("is missing, expected a list with at least one upstream", "upstreams")
+    if found is not None and "api_keys" not in found and not found.get("allow_anonymous"):
+        _check_anonymous(root, found.get("bind", Config().bind))
     if found is None or file.faults:
         raise ConfigError(_in_order(file.faults))
     if "listen" in found:
         found["port"] = found.pop("listen")
     return Config(**found, warnings=_in_order(file.warnings))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens on `host`."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host.lower().rstrip(".") == "localhost"
+
+
+def _check_anonymous(root: "_Value", bind: str | None) -> None:
+    """Without keys whoever reaches the port spends the team's money."""
+    if bind is not None and not is_loopback(bind):
+        root.fault(
+            f"is {_shown(bind, quoted=True)}, which other machines may reach, expected a loopback address, "
+            "or api_keys, or allow_anonymous: true",
+            "bind",
+        )
 
 
 # --- The file: from bytes to values that know their path ---
@@ -207,6 +250,11 @@ class _Value:
     def is_null(self) -> bool:
         """Whether the value is left out: `key:`, `~` or `null`."""
         return self.node.tag == _TAG + "null"
+
+    @property
+    def is_mapping(self) -> bool:
+        """Whether the value has keys."""
+        return isinstance(self.node, yaml.MappingNode)
 
     @property
     def is_text(self) -> bool:
@@ -676,6 +724,36 @@ def _header_value(value: _Value) -> str:
     return text
 
 
+def _client_key(value: _Value) -> ClientKey:
+    """A key alone, or `{name, key}`; one without a name is called after its place."""
+    if not value.is_mapping:
+        return ClientKey("", _token(value))
+    found = value.fields({"name": _name, "key": _hidden(_token)})
+    for key in ("name", "key"):
+        if key not in found:
+            value.fault("is missing, expected a name and a key", key)
+    return ClientKey(found.get("name") or "", found.get("key") or "")
+
+
+def _api_keys(value: _Value) -> tuple[ClientKey, ...]:
+    items = value.items()
+    if not items:
+        raise _Fault("is an empty list, expected at least one key; leave it out to serve without keys")
+    keys: list[ClientKey] = []
+    for number, item in enumerate(items, start=1):
+        item.hidden = not item.is_mapping
+        read = item.read(_client_key)
+        if read is None or not read.key:
+            continue
+        key = ClientKey(read.name or f"key-{number}", read.key)
+        if any(other.name == key.name for other in keys):
+            item.fault("is another key's name too, expected one of its own", "name")
+        if any(other.key == key.key for other in keys):
+            item.fault("is the same key as one before, expected each once")
+        keys.append(key)
+    return tuple(keys)
+
+
 def _upstream(value: _Value) -> UpstreamSettings:
     found = value.fields(_UPSTREAM)
     base_url = found.get("base_url") or ""
@@ -746,5 +824,9 @@ _CONFIG: dict[str, Callable[[_Value], Any]] = {
     "timeouts": _section(Timeouts, _TIMEOUTS),
     "breaker": _section(BreakerSettings, _BREAKER),
     "logging": _section(LoggingSettings, _LOGGING),
+    "api_keys": _api_keys,
+    "allow_anonymous": _boolean,
+    "affinity": _one_of("none", "prompt_cache", "prefix"),
+    "max_in_flight": _whole("a whole number, 1 or more", 1),
     "upstreams": _upstreams,
 }

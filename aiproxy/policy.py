@@ -79,15 +79,25 @@ _STATUSES = {
 _RESTING = frozenset({429, 503, 529})
 
 
-def rule_for(fault: Fault, status: int | None = None, retry_after: float | None = None) -> Rule:
-    """The row for a failure; `status` goes with `Fault.ERROR`, `retry_after` is in seconds."""
+#: The 404 of an account that does not hold the thread: the client then sends the whole conversation.
+THREAD_NOT_FOUND = Rule(next_upstream=False, charge=Charge.NOTHING, rank=Rank.REQUEST)
+
+
+def rule_for(
+    fault: Fault, status: int | None = None, retry_after: float | None = None, is_bound: bool = False
+) -> Rule:
+    """The row for a failure; `status` goes with `Fault.ERROR`, `retry_after` is in seconds.
+
+    `is_bound`: the request names something that only one account has (a container, a file, a thread), so
+    that no other account can do better at a 4xx.
+    """
     if fault is not Fault.ERROR:
         return _FAULTS[fault]
-    if status in _RESTING and retry_after is not None:
-        return _RESTS
     if status is None or status >= 500:
-        return _MAY_RETRY
-    return _STATUSES.get(status, _ABOUT_THE_REQUEST)
+        return _RESTS if status in _RESTING and retry_after is not None else _MAY_RETRY
+    rests = status in _RESTING and retry_after is not None
+    rule = _RESTS if rests else _STATUSES.get(status, _ABOUT_THE_REQUEST)
+    return msgspec.structs.replace(rule, next_upstream=False) if is_bound else rule
 
 
 def seconds_of(retry_after: str | None, now: datetime | None = None) -> float | None:

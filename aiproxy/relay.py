@@ -16,9 +16,9 @@ import msgspec
 from .breaker import Outcome
 from .errors import error_body
 from .policy import Fault
+from .report import Report
 from .sse import EventTooLarge, Framer, encode, parse
 from .transport import Call, CallFailed
-from .usage import Usage
 
 #: Seconds that an upstream gets to end the body once `message_stop` has come.
 AFTER_STOP = 1.0
@@ -38,7 +38,7 @@ class End(msgspec.Struct, frozen=True):
 class Owner(Protocol):
     """The attempt whose answer is relayed."""
 
-    usage: Usage
+    report: Report
 
     def settle(self, outcome: Outcome) -> None: ...
 
@@ -64,12 +64,28 @@ class Relay:
         self._request_id = ""
         self._cut: Callable[[], None] = _nothing
         self._on_end: Callable[[End], None] = _nothing
+        self._on_stop: Callable[[], None] = _nothing
+        self._on_close: Callable[[], None] = _nothing
 
-    def bind(self, request_id: str, cut: Callable[[], None], on_end: Callable[[End], None]) -> None:
-        """`cut` breaks off the client's connection; `on_end` hears once how the stream ended."""
+    def bind(
+        self,
+        request_id: str,
+        cut: Callable[[], None],
+        on_stop: Callable[[], None],
+        on_end: Callable[[End], None],
+    ) -> None:
+        """`cut` breaks off the client's connection.
+
+        `on_stop` is called before the client sees the message's end, `on_end` once the stream is over.
+        """
+        self._on_stop = on_stop
         self._request_id = request_id
         self._cut = cut
         self._on_end = on_end
+
+    def on_close(self, leave: Callable[[], None]) -> None:
+        """`leave` is called when the server closes the body."""
+        self._on_close = leave
 
     def __iter__(self) -> "Relay":
         return self
@@ -86,11 +102,13 @@ class Relay:
                     self._bytes += len(block)
                     return block
             except StopIteration:
-                if self._stopped or self._erred:
-                    self._end("complete" if self._stopped else "error_event")
-                else:
+                if not self._stopped and not self._erred:
                     return self._break("broken", "ended before message_stop")
+                self._end(self._so_far("broken"))
             except CallFailed as failed:
+                if failed.fault is Fault.CLIENT_LEFT:
+                    self._end(self._so_far("client_left"))
+                    break
                 return self._break("silent" if failed.fault is Fault.TIMEOUT else "broken", failed.detail)
             except EventTooLarge:
                 return self._break("broken", "an event is over the size limit")
@@ -100,7 +118,12 @@ class Relay:
 
     def close(self) -> None:
         """The server calls it in every case; before the end it means that the client left."""
-        self._end("complete" if self._stopped else "client_left")
+        self._end(self._so_far("client_left"))
+        self._on_close()
+
+    def _so_far(self, otherwise: str) -> str:
+        """How the stream ended if nothing more comes: clients leave as soon as they know enough."""
+        return "complete" if self._stopped else "error_event" if self._erred else otherwise
 
     def _note(self, block: bytes) -> None:
         if _NOTED.search(block) is None:
@@ -108,12 +131,13 @@ class Relay:
         for event in parse(block):
             if event.name == b"message_stop":
                 self._stopped = True
+                self._on_stop()
                 self._ends = time.monotonic() + AFTER_STOP
                 self._call.idle(AFTER_STOP)
             elif event.name == b"error":
                 self._erred = True
             else:
-                self._owner.usage.note_event(event.name, event.data)
+                self._owner.report.note_event(event.name, event.data)
 
     def _break(self, how: str, detail: str) -> bytes:
         """Tell the client, then break off: the Python SDK takes a clean early end for success."""
@@ -121,7 +145,7 @@ class Relay:
             self._end("complete")
             raise StopIteration
         self._to_cut = True
-        self._end("error_event" if self._erred else how, detail)
+        self._end(self._so_far(how), detail)
         if self._erred or self._framer.partial:
             # It knows already; or half an event is out, and an event now would complete it as garbage.
             self._cut()

@@ -45,7 +45,11 @@ _SOCKET_OPTIONS = [
 _PRINTABLE = re.compile(r"[!-~]+")
 _DECODABLE = frozenset({"gzip", "x-gzip", "deflate"})
 
-_FAULT_OF_REASON = {Reason.CONNECT_TIMEOUT: Fault.CONNECT, Reason.TIMEOUT: Fault.TIMEOUT}
+_FAULT_OF_REASON = {
+    Reason.CONNECT_TIMEOUT: Fault.CONNECT,
+    Reason.TIMEOUT: Fault.TIMEOUT,
+    Reason.CLIENT_LEFT: Fault.CLIENT_LEFT,
+}
 
 
 class CallFailed(Exception):
@@ -185,15 +189,16 @@ class Transport:
         """A call to be sent; `fresh`: on a new connection, whatever the pool holds."""
         return Call(self._watcher, self._resolver, self._connect_timeout, fresh)
 
-    def send(self, call: Call, url: str, headers: Pairs, body: bytes) -> None:
-        """POST `body` and wait for the head of the answer. Raises `CallFailed`."""
+    def send(self, call: Call, method: str, url: str, headers: Pairs, body: bytes) -> None:
+        """Send a request and wait for the head of its answer. Raises `CallFailed`."""
         request = requests.PreparedRequest()
-        request.method = "POST"
+        request.method = method
         request.url = url
         request.headers = CaseInsensitiveDict(headers)
         request.headers.setdefault("user-agent", SKIP_HEADER)  # else urllib3 would add its own
-        request.headers["Content-Length"] = str(len(body))
-        request.body = body
+        if body:
+            request.headers["Content-Length"] = str(len(body))
+            request.body = body
         call.target = request.path_url
         _current.call = call
         try:

@@ -1,8 +1,7 @@
 """The Flask blueprint: HTTP in, HTTP out.
 
-Reads the request and hands on one frozen `Request`; every error of our own leaves here in the API's
-shape. Whatever answers before the body was read reads and drops it first: otherwise clients see a
-broken pipe and nginx a 502 instead of the answer.
+Checks who asks, reads the request and hands on one frozen `Request`; every error of our own leaves here
+in the API's shape. A request is in flight from its head until its response is closed.
 """
 
 import logging
@@ -11,54 +10,136 @@ import time
 import uuid
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import quote
 
 import flask
+import msgspec
 from werkzeug.exceptions import HTTPException
 
 from . import body, logs
 from .attempt import Request
 from .config import Config
+from .course import Reply
 from .errors import ApiError, status_line
-from .forwarder import Forwarder
+from .forwarder import Cut, Forwarder
+from .gate import Gate, Slot
 from .headers import Pairs
+from .keys import Keys, secrets_in
+from .models import Models
 from .relay import Relay
+from .upload import Upload
+from .upstream import MESSAGES
+from .watch import Client, Scope, Watcher
 
-#: What is read and thrown away of a body that is refused, in bytes and seconds.
-_DRAIN_BYTES = 256 * 1024 * 1024
-_DRAIN_SECONDS = 30.0
-_PIECE = 1024 * 1024
+#: Paths that clients and monitors probe; answered at once, in silence and to everyone.
+_PROBES = ("/", "/api/hello")
+_NO_BODY = body.Body(raw=b"", members={}, model="", stream=False)
+
+Forward = Callable[[Request, Cut], Reply]
 
 
-def create_blueprint(config: Config, forwarder: Forwarder, redactor: logs.Redactor) -> flask.Blueprint:
+class Doors(msgspec.Struct, frozen=True):
+    """What the views work with."""
+
+    config: Config
+    forwarder: Forwarder
+    models: Models
+    keys: Keys
+    gate: Gate
+    watcher: Watcher
+    redactor: logs.Redactor
+
+
+class Response(flask.Response):
+    """A response whose body is closed also where the server never gets to see it."""
+
+    def __call__(self, environ: Any, start_response: Any) -> Any:
+        try:
+            body = super().__call__(environ, start_response)
+        except BaseException:
+            self.close()
+            raise
+        if environ["REQUEST_METHOD"] == "HEAD":  # werkzeug then hands out no body that would close it
+            self.close()
+        return body
+
+
+class Visit:
+    """One request's stay: its place in flight, and the watch on its client. Left exactly once."""
+
+    def __init__(self, slot: Slot, watcher: Watcher) -> None:
+        self.scope = Scope()
+        self._slot = slot
+        self._watcher = watcher
+        self._client: Client | None = None
+
+    def watch(self, client: socket.socket | None) -> None:
+        """From now on the client's leaving ends the request's calls."""
+        if client is not None:
+            self._client = self._watcher.client(client, self.scope)
+
+    def leave(self) -> None:
+        """The response is closed."""
+        if self._client is not None:
+            self._client.cancel()
+        self._slot.leave()
+
+
+def create_blueprint(doors: Doors) -> flask.Blueprint:
     """The routes of the proxy."""
     blueprint = flask.Blueprint("proxy", __name__)
+
+    # Without Flask's own answer to OPTIONS: it is a wrong method like any other.
+    def route(path: str, method: str) -> Callable[[Callable[..., flask.Response]], Any]:
+        return blueprint.route(path, methods=[method], provide_automatic_options=False)
 
     @blueprint.before_app_request
     def identify() -> None:
         flask.g.request_id = f"req_{uuid.uuid4().hex[:24]}"
+        flask.g.redactor = doors.redactor
+        flask.g.upload = Upload(flask.request.environ, doors.watcher)
 
-    # Without Flask's own answer to OPTIONS: every method but POST is a wrong one.
-    @blueprint.post("/v1/messages", provide_automatic_options=False)
+    @route(MESSAGES, "POST")
     def messages() -> flask.Response:
-        began = time.monotonic()
-        raw = _read_body(config.max_body)
-        request = _request(body.read(raw), began)
-        _log_arrival(request, redactor, config.logging.prompt_preview)
-        reply = forwarder.forward(request, _cutter())
-        return _response(reply.status, reply.headers, reply.body)
+        return _forwarded(doors, doors.forwarder.forward)
 
+    @route("/v1/messages/count_tokens", "POST")
+    def count_tokens() -> flask.Response:
+        return _forwarded(doors, doors.forwarder.count_tokens)
+
+    @route("/v1/models", "GET")
+    def models() -> flask.Response:
+        if not doors.models.are_listed:
+            return _forwarded(doors, doors.forwarder.pass_on)
+        _check_key(doors.keys)
+        return _own(200, doors.models.page(flask.request.args))
+
+    @route("/v1/models/<path:name>", "GET")
+    def model(name: str) -> flask.Response:
+        if not doors.models.are_listed:
+            if {".", ".."} & set(name.split("/")):  # no way to other endpoints of the account
+                raise ApiError(404, "not_found_error", f"model: {name}")
+            return _forwarded(doors, doors.forwarder.pass_on, f"/v1/models/{quote(name, safe='')}")
+        _check_key(doors.keys)
+        return _own(200, doors.models.one(name))
+
+    for path in _PROBES:
+        blueprint.add_url_rule(path, "probe", _probe, methods=["GET"], provide_automatic_options=False)
+    _add_error_handlers(blueprint)
+    return blueprint
+
+
+def _add_error_handlers(blueprint: flask.Blueprint) -> None:
     @blueprint.app_errorhandler(ApiError)
     def ours(error: ApiError) -> flask.Response:
         return _refusal(error)
 
     @blueprint.app_errorhandler(HTTPException)
     def flasks(error: HTTPException) -> flask.Response:
-        _drain()
         if error.code == 405:
             allowed = error.get_response().headers.get("Allow", "")
             message = f"{flask.request.method} is not allowed here, only {allowed} is."
-            refusal = ApiError(405, "invalid_request_error", message)
-            return _refusal(refusal, [("allow", allowed)])
+            return _refusal(ApiError(405, "invalid_request_error", message), [("allow", allowed)])
         asked = f"{flask.request.method} {flask.request.path[:100]}"
         return _refusal(ApiError(404, "not_found_error", f"aiproxy does not serve {asked}."))
 
@@ -67,76 +148,74 @@ def create_blueprint(config: Config, forwarder: Forwarder, redactor: logs.Redact
         logs.exception("bug", id=flask.g.request_id)
         return _refusal(ApiError(500, "api_error", "Internal error in aiproxy; its log tells more."))
 
-    return blueprint
+
+def _probe() -> flask.Response:
+    logs.line(logging.DEBUG, "probe", path=flask.request.path)
+    return _response(200, [("content-type", "text/plain")], b"aiproxy\n")
 
 
-def _read_body(limit: int) -> bytes:
-    """The request's body. Raises `ApiError` 413 over `limit` bytes, 400 if it breaks off."""
-    declared = flask.request.content_length
-    if declared is not None and declared > limit:
-        raise _too_large(limit)
-    pieces: list[bytes] = []
-    total = 0
-    while piece := _read_piece(_PIECE if declared is None else min(_PIECE, declared - total)):
-        total += len(piece)
-        if total > limit:
-            raise _too_large(limit)
-        pieces.append(piece)
-    if declared is not None and total < declared:
-        raise ApiError(400, "invalid_request_error", "The request body ended early.")
-    return b"".join(pieces)
-
-
-def _read_piece(size: int) -> bytes:
+def _forwarded(doors: Doors, forward: Forward, path: str | None = None) -> flask.Response:
+    """Let a request in, send it on, to `path` if it is not the client's, and see it out."""
+    began = time.monotonic()
+    slot = doors.gate.enter()
+    if slot is None:
+        busy = ApiError(529, "overloaded_error", "aiproxy has as many requests in flight as it may have.")
+        return _refusal(busy, [("retry-after", "1")])
+    visit = Visit(slot, doors.watcher)
     try:
-        piece: bytes = flask.request.environ["wsgi.input"].read(size)
-    except Exception:  # gunicorn's many errors for bodies that break off or are badly chunked
-        raise ApiError(400, "invalid_request_error", "The request body could not be read.") from None
-    return piece
+        client = _check_key(doors.keys)
+        request = _request(doors, client, visit.scope, began)
+        if path is not None:
+            request = msgspec.structs.replace(request, path=path)
+        visit.watch(flask.request.environ.get("gunicorn.socket"))
+        reply = forward(request, _cutter())
+        response = _response(reply.status, reply.headers, reply.body)
+    except ApiError as error:
+        response = _refusal(error)
+    except BaseException:
+        visit.leave()
+        raise
+    if isinstance(response.response, Relay):
+        response.response.on_close(visit.leave)
+    else:
+        response.call_on_close(visit.leave)
+    return response
 
 
-def _too_large(limit: int) -> ApiError:
-    _drain()
-    return ApiError(413, "request_too_large", f"The request body is larger than {limit / 1024 / 1024:g} MB.")
+def _check_key(keys: Keys) -> str | None:
+    """The name of the client's key, None where none is required. Raises `ApiError` 401."""
+    if not keys.are_required:
+        return None
+    owner = keys.owner(_client_headers(flask.request.environ))
+    if owner is None:
+        raise ApiError(401, "authentication_error", "This is no key of aiproxy's.")
+    return owner
 
 
-def _drain() -> None:
-    """Read the rest of the body and throw it away, within bounds."""
-    environ = flask.request.environ
-    client: socket.socket | None = environ.get("gunicorn.socket")
-    ends = time.monotonic() + _DRAIN_SECONDS
-    left = _DRAIN_BYTES
-    try:
-        while left > 0 and (seconds := ends - time.monotonic()) > 0:
-            if client is not None:
-                client.settimeout(seconds)
-            piece = environ["wsgi.input"].read(min(_PIECE, left))
-            if not piece:
-                break
-            left -= len(piece)
-    except Exception:
-        return  # the client left, is too slow or sends nonsense: the answer may still reach it
-    finally:
-        if client is not None:
-            client.settimeout(None)
-
-
-def _request(read: body.Body, began: float) -> Request:
+def _request(doors: Doors, client: str | None, scope: Scope, began: float) -> Request:
+    """Read the request and log its arrival."""
     environ = flask.request.environ
     headers = tuple(_client_headers(environ))
-    secrets = tuple(
-        value.removeprefix("Bearer ").removeprefix("bearer ").strip()
-        for name, value in headers
-        if name in ("authorization", "x-api-key", "proxy-authorization", "cookie")
-    )
-    return Request(
+    if flask.request.method == "POST":
+        read = body.read(flask.g.upload.read(doors.config.max_body))
+    else:
+        flask.g.upload.drop()
+        read = _NO_BODY
+        headers = tuple(pair for pair in headers if not pair[0].startswith("content-"))
+    request = Request(
         id=flask.g.request_id,
+        method="GET" if flask.request.method == "HEAD" else flask.request.method,
+        path=flask.request.path,
         query=environ.get("QUERY_STRING", ""),
         headers=headers,
         body=read,
-        secrets=secrets,
+        client=client,
+        secrets=secrets_in(headers),
         began=began,
+        scope=scope,
     )
+    _log_arrival(request, doors.redactor, doors.config.logging.prompt_preview)
+    return request
 
 
 def _client_headers(environ: dict[str, Any]) -> Pairs:
@@ -151,11 +230,12 @@ def _client_headers(environ: dict[str, Any]) -> Pairs:
     return pairs
 
 
-def _cutter() -> Callable[[], None]:
+def _cutter() -> Cut:
     """What breaks off the client's connection, so that it cannot take a stream's early end for a clean one.
 
     The plain socket's method, also where gunicorn itself speaks TLS: see `transport`. gunicorn then finds
-    the connection broken when it writes the end of the body, and closes it.
+    the connection broken when it writes the end of the body, and closes it. Both ways, else its main
+    thread would wait two seconds for the client to close too, and accept nobody meanwhile.
     """
     client: socket.socket | None = flask.request.environ.get("gunicorn.socket")
 
@@ -163,7 +243,7 @@ def _cutter() -> Callable[[], None]:
         if client is None:
             raise ConnectionAbortedError("no connection to break off")
         try:
-            socket.socket.shutdown(client, socket.SHUT_WR)
+            socket.socket.shutdown(client, socket.SHUT_RDWR)
         except OSError:
             return  # gone already
 
@@ -171,9 +251,7 @@ def _cutter() -> Callable[[], None]:
 
 
 def _response(status: int, headers: Pairs, content: bytes | Relay) -> flask.Response:
-    response = flask.Response(
-        content, status=status_line(status), direct_passthrough=isinstance(content, Relay)
-    )
+    response = Response(content, status=status_line(status), direct_passthrough=isinstance(content, Relay))
     response.headers.clear()
     response.headers.extend(headers)
     if isinstance(content, bytes):
@@ -181,22 +259,38 @@ def _response(status: int, headers: Pairs, content: bytes | Relay) -> flask.Resp
     return response
 
 
+def _own(status: int, content: bytes, headers: Pairs | None = None) -> flask.Response:
+    """An answer that no upstream had a part in."""
+    pairs = [("content-type", "application/json"), ("request-id", flask.g.request_id), *(headers or [])]
+    return _response(status, pairs, content)
+
+
 def _refusal(error: ApiError, headers: Pairs | None = None) -> flask.Response:
-    """An error of our own, which no upstream had a part in."""
+    """An error of our own, after what is left of the request's body has been read and dropped."""
+    flask.g.upload.drop()
     request_id = flask.g.request_id
-    logs.line(logging.WARNING, "refused", id=request_id, status=error.status, reason=error.message)
-    pairs = [("content-type", "application/json"), ("request-id", request_id), *(headers or [])]
-    return _response(error.status, pairs, error.body(request_id))
+    flask.g.redactor.line(
+        logging.WARNING,
+        "refused",
+        secrets_in(_client_headers(flask.request.environ)),
+        id=request_id,
+        status=error.status,
+        reason=error.message,
+    )
+    return _own(error.status, error.body(request_id), headers)
 
 
 def _log_arrival(request: Request, redactor: logs.Redactor, limit: int) -> None:
-    preview = redactor.text(request.body.preview(limit + 4096), limit, request.secrets) if limit else None
-    logs.line(
+    preview = redactor.text(request.body.preview(), limit, request.secrets) if limit else None
+    redactor.line(
         logging.INFO,
         "request",
+        request.secrets,
         id=request.id,
-        model=request.body.model,
+        path=request.path if request.path != MESSAGES else None,
+        client=request.client,
+        model=request.body.model or None,
         stream=request.body.stream,
         bytes=len(request.body.raw),
-        prompt=preview,
+        prompt=preview if request.body.model else None,
     )

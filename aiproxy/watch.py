@@ -1,11 +1,19 @@
-"""One thread a process that ends calls: when a deadline passes, it aborts the call with a reason.
+"""One thread a process that ends calls from outside: deadlines that pass, clients that leave.
 
-It knows no HTTP: all it does to a call is `abort(reason)`, which must not block. The thread starts
-with the first deadline, so after gunicorn's fork, and sleeps until the earliest one.
+It knows no HTTP: all it does is `abort(reason)`, which must not block, and shutting the socket of a
+client that takes nothing any more. The thread starts with the first thing to watch, so after gunicorn's
+fork, and sleeps until something happens.
 """
 
+import contextlib
+import fcntl
 import heapq
 import itertools
+import os
+import select
+import socket
+import struct
+import termios
 import threading
 import time
 from enum import Enum
@@ -17,12 +25,42 @@ class Reason(Enum):
 
     CONNECT_TIMEOUT = "no connection in time"
     TIMEOUT = "no answer in time"
+    CLIENT_LEFT = "the client left"
 
 
 class Abortable(Protocol):
     """What the watcher ends."""
 
     def abort(self, reason: Reason) -> None: ...
+
+
+class Scope:
+    """The call that a request is making right now. Aborted, it aborts that call and every later one."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._call: Abortable | None = None
+        self._reason: Reason | None = None
+
+    @property
+    def left(self) -> bool:
+        """Whether the client is known to have left."""
+        return self._reason is Reason.CLIENT_LEFT
+
+    def enter(self, call: Abortable) -> None:
+        """From now on this is the call to abort."""
+        with self._lock:
+            self._call = call
+            if self._reason is not None:
+                call.abort(self._reason)
+
+    def abort(self, reason: Reason) -> None:
+        """End the request's calls; the first reason stays."""
+        with self._lock:
+            if self._reason is None:
+                self._reason = reason
+            if self._call is not None:
+                self._call.abort(self._reason)
 
 
 class Deadline:
@@ -39,32 +77,79 @@ class Deadline:
         self._watcher.cancel(self)
 
 
+class Client:
+    """A client's connection during one request; `cancel` it before the connection is given back."""
+
+    def __init__(self, watcher: "Watcher", sock: socket.socket, scope: Abortable, patience: float) -> None:
+        self._watcher = watcher
+        self.socket = sock
+        self.descriptor = sock.fileno()
+        self.scope = scope
+        self._patience = patience
+        self._progress: tuple[int, int] = (0, 0)
+        self._since = time.monotonic()
+
+    def cancel(self) -> None:
+        """Watch no longer; idempotent."""
+        self._watcher.forget(self)
+
+    def has_left(self) -> bool:
+        """Whether the other side has closed, or shut its sending side, which nginx does as it leaves."""
+        if self.socket.fileno() < 0:
+            return False
+        poll = select.poll()
+        poll.register(self.socket, select.POLLRDHUP)
+        return bool(poll.poll(0))
+
+    def has_stalled(self, now: float) -> bool:
+        """Whether bytes have been waiting for it, none of which it took for as long as it may."""
+        progress = _progress(self.socket)
+        if progress != self._progress or progress[0] == 0:
+            self._progress = progress
+            self._since = now
+        return now - self._since >= self._patience
+
+
 class Watcher:
     """Thread-safe; one a process."""
 
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
+    def __init__(self, patience: float) -> None:
+        """`patience`: seconds for which a client may take no byte of what waits for it."""
+        self._patience = patience
+        self._lock = threading.Lock()
         self._heap: list[tuple[float, int, Deadline]] = []
         self._order = itertools.count()  # a tie-break, since deadlines do not compare
         self._cancelled = 0
-        self._thread: threading.Thread | None = None
+        self._clients: dict[int, Client] = {}
+        self._next_sweep = 0.0
+        self._asleep_until = 0.0
+        self._started = False
+        self._epoll: select.epoll
+        self._wake: int
 
     def deadline(self, call: Abortable, seconds: float, reason: Reason) -> Deadline:
         """Abort `call` with `reason` in `seconds` from now unless the deadline is cancelled before."""
         deadline = Deadline(self, call, time.monotonic() + seconds, reason)
-        with self._changed:
+        with self._lock:
+            self._start()
             heapq.heappush(self._heap, (deadline.at, next(self._order), deadline))
-            if self._thread is None:
-                thread = threading.Thread(target=self._run, name="watch", daemon=True)
-                thread.start()
-                self._thread = thread
-            elif self._heap[0][2] is deadline:
-                self._changed.notify()
+            self._wake_by(deadline.at)
         return deadline
+
+    def client(self, sock: socket.socket, scope: Abortable) -> Client:
+        """Abort `scope` when the client at the other end of `sock` leaves, or takes nothing any more."""
+        client = Client(self, sock, scope, self._patience)
+        with self._lock:
+            self._start()
+            self._clients[client.descriptor] = client
+            self._epoll.register(client.descriptor, select.EPOLLRDHUP)
+            self._next_sweep = min(self._next_sweep, time.monotonic() + self._patience / 4)
+            self._wake_by(self._next_sweep)
+        return client
 
     def cancel(self, deadline: Deadline) -> None:
         """See `Deadline.cancel`."""
-        with self._changed:
+        with self._lock:
             if deadline.call is None:
                 return
             deadline.call = None
@@ -75,26 +160,101 @@ class Watcher:
                 heapq.heapify(self._heap)
                 self._cancelled = 0
 
+    def forget(self, client: Client) -> None:
+        """See `Client.cancel`."""
+        with self._lock:
+            if self._clients.get(client.descriptor) is client:
+                del self._clients[client.descriptor]
+                self._unregister(client)
+
+    @property
+    def watched(self) -> int:
+        """How many deadlines and clients are being watched."""
+        with self._lock:
+            return len(self._heap) - self._cancelled + len(self._clients)
+
+    def _start(self) -> None:
+        if self._started:
+            return
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._epoll = select.epoll()
+        self._epoll.register(self._wake, select.EPOLLIN)
+        self._next_sweep = float("inf")
+        threading.Thread(target=self._run, name="watch", daemon=True).start()
+        self._started = True
+
+    def _wake_by(self, at: float) -> None:
+        if at < self._asleep_until:
+            self._asleep_until = at
+            os.eventfd_write(self._wake, 1)
+
     def _run(self) -> None:
         while True:
-            with self._changed:
-                deadline = self._due()
-            if deadline is not None:
-                call, reason = deadline
-                call.abort(reason)
+            for descriptor, _ in self._epoll.poll(self._sleep()):
+                if descriptor == self._wake:
+                    os.eventfd_read(self._wake)
+                else:
+                    self._hung_up(descriptor)
+            self._expire()
+            self._sweep()
 
-    def _due(self) -> tuple[Abortable, Reason] | None:
-        """Wait for the earliest deadline; under the lock, which waiting releases."""
-        if not self._heap:
-            self._changed.wait()
-            return None
-        at, _, deadline = self._heap[0]
-        if deadline.call is not None and at > time.monotonic():
-            self._changed.wait(at - time.monotonic())
-            return None
-        heapq.heappop(self._heap)
-        if deadline.call is None:
-            self._cancelled -= 1
-            return None
-        call, deadline.call = deadline.call, None
-        return call, deadline.reason
+    def _sleep(self) -> float | None:
+        """Seconds until something is due."""
+        with self._lock:
+            at = min(self._heap[0][0] if self._heap else float("inf"), self._next_sweep)
+            self._asleep_until = at
+        return None if at == float("inf") else max(0.0, at - time.monotonic())
+
+    def _hung_up(self, descriptor: int) -> None:
+        with self._lock:
+            client = self._clients.get(descriptor)
+            # The event may be from before: ask the socket that has this descriptor now.
+            if client is None or not client.has_left():
+                return
+            # The event is level-triggered: it would come again and again.
+            self._unregister(client)
+        client.scope.abort(Reason.CLIENT_LEFT)
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        while True:
+            with self._lock:
+                if not self._heap or (self._heap[0][2].call is not None and self._heap[0][0] > now):
+                    return
+                deadline = heapq.heappop(self._heap)[2]
+                call, deadline.call = deadline.call, None
+                if call is None:
+                    self._cancelled -= 1
+                    continue
+            call.abort(deadline.reason)
+
+    def _sweep(self) -> None:
+        """Find the clients that take nothing any more; the server's thread blocks in sending to them."""
+        now = time.monotonic()
+        with self._lock:
+            if now < self._next_sweep:
+                return
+            self._next_sweep = now + self._patience / 4 if self._clients else float("inf")
+            stalled = [client for client in self._clients.values() if client.has_stalled(now)]
+            for client in stalled:
+                with contextlib.suppress(OSError):
+                    socket.socket.shutdown(client.socket, socket.SHUT_RDWR)
+        for client in stalled:
+            client.scope.abort(Reason.CLIENT_LEFT)
+
+    def _unregister(self, client: Client) -> None:
+        with contextlib.suppress(OSError):  # closed already, or unregistered when it hung up
+            self._epoll.unregister(client.descriptor)
+
+
+def _progress(sock: socket.socket) -> tuple[int, int]:
+    """Bytes that wait to be taken by the other side, and bytes that it has taken (0 where unknown)."""
+    try:
+        waiting = struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, b"\0" * 4))[0]
+        if waiting == 0 or sock.family == socket.AF_UNIX:
+            return waiting, 0
+        # struct tcp_info of linux/tcp.h: tcpi_bytes_acked stands at byte 120.
+        info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 128)
+        return waiting, struct.unpack_from("Q", info, 120)[0]
+    except (OSError, ValueError, struct.error):
+        return 0, 0  # closed

@@ -31,12 +31,16 @@ def upstream(name, weight=1, available=(), mappings=None, clock=None):
     return Upstream(settings, Breaker(3, 1800, clock or Clock()))
 
 
+def walk(balancer, model="m", preferred=()):
+    return balancer.candidates(balancer.serving(model), preferred)
+
+
 def serve(balancer, down=(), model="m"):
     """The name of the upstream that answers one request; `down` ones fail each attempt."""
-    walk = balancer.candidates(model)
-    while (choice := walk.next(last_resort=True)) is not None:
+    way = walk(balancer, model)
+    while (choice := way.next(last_resort=True)) is not None:
         failed = choice.upstream.name in down
-        choice.upstream.breaker.settle(choice.permit, Outcome.FAILURE if failed else Outcome.SUCCESS)
+        choice.settle(Outcome.FAILURE if failed else Outcome.SUCCESS)
         if not failed:
             return choice.upstream.name
     return None
@@ -86,7 +90,7 @@ def test_a_weight_of_zero_or_less_counts_as_one():
 def test_only_upstreams_that_serve_the_model_are_candidates():
     balancer = Balancer([upstream("a", available=["x"]), upstream("b", available=["y"]), upstream("c")])
     assert {serve(balancer, model="x") for _ in range(4)} == {"a", "c"}
-    assert Balancer([upstream("a", available=["x"])]).candidates("y").is_empty
+    assert Balancer([upstream("a", available=["x"])]).serving("y") == []
 
 
 def test_the_filter_looks_at_the_client_s_name_of_a_model_not_at_the_mapped_one():
@@ -99,9 +103,9 @@ def test_the_filter_looks_at_the_client_s_name_of_a_model_not_at_the_mapped_one(
 
 def test_a_request_meets_each_upstream_at_most_once():
     balancer = Balancer([upstream("a", 10), upstream("b"), upstream("c")])
-    walk = balancer.candidates("m")
+    way = walk(balancer)
     met = []
-    while (choice := walk.next(last_resort=True)) is not None:
+    while (choice := way.next(last_resort=True)) is not None:
         met.append(choice.upstream.name)
     assert sorted(met) == ["a", "b", "c"]
 
@@ -114,19 +118,19 @@ def test_an_open_upstream_is_passed_over_and_the_last_resort_comes_soonest_due_f
     clock.now += 10
     for _ in range(3):
         late.breaker.settle(late.breaker.acquire(), Outcome.FAILURE)
-    walk = Balancer([late, soon, closed]).candidates("m")
-    assert walk.next(last_resort=True).upstream is closed
-    choice = walk.next(last_resort=True)
-    assert (choice.upstream, choice.permit.kind) == (soon, Pass.LAST_RESORT)
-    assert walk.next(last_resort=True).upstream is late
-    assert walk.next(last_resort=True) is None
+    way = walk(Balancer([late, soon, closed]))
+    assert way.next(last_resort=True).upstream is closed
+    choice = way.next(last_resort=True)
+    assert (choice.upstream, choice.kind) == (soon, Pass.LAST_RESORT)
+    assert way.next(last_resort=True).upstream is late
+    assert way.next(last_resort=True) is None
 
 
 def test_without_leave_the_open_ones_are_left_alone():
     opened = upstream("a")
     for _ in range(3):
         opened.breaker.settle(opened.breaker.acquire(), Outcome.FAILURE)
-    assert Balancer([opened]).candidates("m").next(last_resort=False) is None
+    assert walk(Balancer([opened])).next(last_resort=False) is None
 
 
 def test_an_upstream_that_is_due_takes_one_trial():
@@ -136,6 +140,23 @@ def test_an_upstream_that_is_due_takes_one_trial():
         due.breaker.settle(due.breaker.acquire(), Outcome.FAILURE)
     clock.now += 1800
     balancer = Balancer([due, other])
-    first = balancer.candidates("m").next(last_resort=True)
-    assert (first.upstream, first.is_trial) == (due, True)
-    assert balancer.candidates("m").next(last_resort=True).upstream is other
+    first = walk(balancer).next(last_resort=True)
+    assert (first.upstream, first.kind) == (due, Pass.TRIAL)
+    assert walk(balancer).next(last_resort=True).upstream is other
+
+
+def test_preferred_upstreams_come_first_in_their_order_and_move_no_cursor():
+    made = [upstream("a", 5), upstream("b"), upstream("c")]
+    balancer = Balancer(made)
+    way = walk(balancer, preferred=[made[2], made[1]])
+    met = [way.next(last_resort=True).upstream.name for _ in range(3)]
+    assert met == ["c", "b", "a"]
+    assert "".join(serve(balancer) for _ in range(7)) == "aabacaa"
+
+
+def test_a_preferred_upstream_that_is_open_is_passed_over():
+    home, other = upstream("home"), upstream("other")
+    for _ in range(3):
+        home.breaker.settle(home.breaker.acquire(), Outcome.FAILURE)
+    way = walk(Balancer([home, other]), preferred=[home])
+    assert [way.next(last_resort=True).upstream for _ in range(2)] == [other, home]

@@ -13,6 +13,7 @@ import pytest
 from aiproxy import config as config_module
 from aiproxy.config import (
     BreakerSettings,
+    ClientKey,
     Config,
     ConfigError,
     LoggingSettings,
@@ -178,7 +179,7 @@ def test_a_file_of_the_go_program_loads_unchanged(loader: Loader) -> None:
     config = loader(
         """
         # Server bind address
-        bind: "0.0.0.0"
+        bind: "127.0.0.1"
         listen: ":8642"
 
         upstreams:
@@ -202,7 +203,7 @@ def test_a_file_of_the_go_program_loads_unchanged(loader: Loader) -> None:
             token: "sk-"
         """
     )
-    assert (config.address, len(config.upstreams)) == ("0.0.0.0:8642", 3)
+    assert (config.address, len(config.upstreams)) == ("127.0.0.1:8642", 3)
     assert config.upstreams[0].model_mappings == {"claude-opus": "claude-opus-4-8"}
     assert [each.must_stream for each in config.upstreams] == [True, False, False]
     assert [each.weight for each in config.upstreams] == [10, 1, 1]
@@ -361,7 +362,7 @@ def test_an_unreadable_file_is_one_plain_line(loader: Loader, monkeypatch: pytes
     assert loader.fault(UPSTREAMS) == "cannot be read (Permission denied), expected a readable file"
 
 
-@pytest.mark.parametrize("first", ["bind: x", "listen: 80", "breaker: {}"])
+@pytest.mark.parametrize("first", ["bind: localhost", "listen: 80", "breaker: {}"])
 def test_a_file_without_upstreams_is_told_so(loader: Loader, first: str) -> None:
     for text in (first, f"{first}\nupstreams:"):
         assert loader.fault(text) == "upstreams: is missing, expected a list with at least one upstream"
@@ -438,7 +439,7 @@ upstreams:
             "logging.a...: is no setting, expected one of level, prompt_preview",
         ),
         ('"<<": {}' + UPSTREAMS, "<<: is no setting, expected one of bind, listen, max_body_mb, "),
-        ("bind: x\n? [a]\n: b" + UPSTREAMS, "has a list for a key, expected text"),
+        ("listen: 1\n? [a]\n: b" + UPSTREAMS, "has a list for a key, expected text"),
         ("<<: x" + UPSTREAMS, "merges something else with <<, expected a mapping"),
     ],
 )
@@ -449,7 +450,10 @@ def test_an_unknown_key_is_a_fault_at_every_level(loader: Loader, text: str, tol
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("listen: 1\nbind: x\nlisten: 2" + UPSTREAMS, "listen: is given twice, in line 1 and in line 3, "),
+        (
+            "listen: 1\naffinity: none\nlisten: 2" + UPSTREAMS,
+            "listen: is given twice, in line 1 and in line 3, ",
+        ),
         (
             "timeouts:\n  idle: 1\n  idle: 1" + UPSTREAMS,
             "timeouts.idle: is given twice, in line 2 and in line 3, ",
@@ -633,7 +637,7 @@ def test_a_fault_shows_the_variable_and_not_what_it_stands_for(loader: Loader, t
     ],
 )
 def test_bind_is_an_address_or_a_host_name(loader: Loader, bind: str, address: str) -> None:
-    assert loader.settings(f'bind: "{bind}"').address == address
+    assert loader.settings(f'bind: "{bind}"\nallow_anonymous: true').address == address
 
 
 @pytest.mark.parametrize("bind", ["127.0.0.1:8080", "[::1]:8080", "localhost:8080", ":8080"])
@@ -1152,3 +1156,59 @@ def test_the_traceback_of_a_fault_shows_no_secret(loader: Loader, text: str) -> 
         loader(text)
     assert "t0ken" not in "".join(traceback.format_exception(caught.value))
     assert caught.value.__context__ is None
+
+
+@pytest.mark.parametrize("bind", ["0.0.0.0", "::", "10.1.2.3", "proxy.example.com"])
+def test_without_keys_only_a_loopback_address_is_served(loader: Loader, bind: str) -> None:
+    told = (
+        f'bind: is "{bind}", which other machines may reach, expected a loopback address, or api_keys, or '
+        "allow_anonymous: true"
+    )
+    assert loader.fault(f'bind: "{bind}"{UPSTREAMS}') == told
+    assert loader.fault(f'bind: "{bind}"\nallow_anonymous: false{UPSTREAMS}') == told
+    assert loader.settings(f'bind: "{bind}"\nallow_anonymous: true').bind == bind
+    assert loader.settings(f'bind: "{bind}"\napi_keys: [t0ken]').bind == bind
+
+
+@pytest.mark.parametrize("bind", ["127.0.0.1", "127.8.8.8", "::1", "localhost"])
+def test_a_loopback_address_is_served_without_keys(loader: Loader, bind: str) -> None:
+    assert loader.settings(f'bind: "{bind}"').may_serve_strangers is False
+
+
+def test_client_keys_are_strings_or_have_a_name(loader: Loader) -> None:
+    config = loader.settings(
+        'api_keys: [t0ken-1, {name: alice, key: "${A}"}, "t0ken-3"]',
+        A="t0ken-2",
+    )
+    assert config.api_keys == (
+        ClientKey("key-1", "t0ken-1"),
+        ClientKey("alice", "t0ken-2"),
+        ClientKey("key-3", "t0ken-3"),
+    )
+    assert "t0ken" not in repr(config)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("api_keys: []", "api_keys: is an empty list, expected at least one key"),
+        ("api_keys: t0ken", "api_keys: is a single value, expected a list"),
+        ('api_keys: [""]', "api_keys[0]: is blank, expected a key"),
+        ("api_keys: [[t0ken]]", "api_keys[0]: is a list, expected text"),
+        ('api_keys: ["t0ken with spaces"]', "api_keys[0]: has a space"),
+        ("api_keys: [{name: alice}]", "api_keys[0].key: is missing"),
+        ("api_keys: [{key: t0ken}]", "api_keys[0].name: is missing"),
+        ("api_keys: [{name: a, kye: t0ken}]", "api_keys[0].kye: is no setting, did you mean key?"),
+        ("api_keys: [{name: a, key: t0ken-1}, {name: a, key: t0ken-2}]", "api_keys[1].name: is another"),
+        ("api_keys: [t0ken, t0ken]", "api_keys[1]: is the same key"),
+        ("allow_anonymous: maybe", "allow_anonymous: "),
+        ("affinity: sticky", 'affinity: is "sticky", expected none, prompt_cache or prefix'),
+        ("max_in_flight: 0", "max_in_flight: is 0, expected a whole number, 1 or more"),
+    ],
+)
+def test_faults_of_client_keys_and_routing_are_told_without_a_key(
+    loader: Loader, text: str, told: str
+) -> None:
+    faults = loader.faults(text + UPSTREAMS)
+    assert any(fault.startswith(told) for fault in faults), faults
+    assert "t0ken" not in "".join(faults)

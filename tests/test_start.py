@@ -102,9 +102,12 @@ def run_as_a_user_would(command):
 def said_when_ready(tmp_path, monkeypatch, capsys):
     """The lines that gunicorn.conf.py says when it serves these upstreams at these addresses."""
 
-    def say(*upstreams, at=("http://127.0.0.1:8080",)):
+    def say(*upstreams, at=("http://127.0.0.1:8080",), anonymous=True):
         path = tmp_path / "config.yaml"
-        path.write_text(yaml.safe_dump({"upstreams": list(upstreams)}, allow_unicode=True), encoding="utf-8")
+        path.write_text(
+            yaml.safe_dump({"allow_anonymous": anonymous, "upstreams": list(upstreams)}, allow_unicode=True),
+            encoding="utf-8",
+        )
         monkeypatch.setenv("AIPROXY_CONFIG", str(path))
         told = runpy.run_path(str(ROOT / "gunicorn.conf.py"))
         told["when_ready"](types.SimpleNamespace(LISTENERS=list(at)))
@@ -296,7 +299,7 @@ def test_a_real_upstream_is_served_without_a_banner_and_the_line_s_request_suits
     config_of, serve, upstream
 ):
     fake = upstream()
-    served = serve(config_of([fake]))
+    served = serve(config_of([fake], allow_anonymous=True))
     _, command = try_line(served)
     served.wait_for_stderr("Booting worker")
     assert len(served.stdout_lines()) == 1
@@ -318,6 +321,11 @@ def test_the_banner_comes_with_any_demo_upstream_that_is_on(said_when_ready):
 def test_a_warning_of_the_configuration_is_told_at_the_start(said_when_ready):
     first, _ = said_when_ready(real(base_url="http://127.0.0.1:1/v1"))
     assert re.match(r"warning: .*config\.yaml: upstreams\[0\]\.base_url: ends in /v1", first)
+
+
+def test_a_loopback_address_without_keys_is_served_with_a_warning(said_when_ready):
+    first, _ = said_when_ready(real(), anonymous=False)
+    assert first == "warning: no api_keys are set: every user of this machine is served"
 
 
 @pytest.mark.parametrize(

@@ -41,14 +41,14 @@ def watch_threads():
 def test_a_deadline_aborts_its_call_in_time_with_its_reason(reason):
     call = Call()
     began = time.monotonic()
-    Watcher().deadline(call, SOON, reason)
+    Watcher(patience=60).deadline(call, SOON, reason)
     assert call.aborted.wait(2)
     assert SOON <= call.at - began < SOON + TOLERANCE
     assert call.reasons == [reason]
 
 
 def test_a_deadline_fires_once():
-    watcher, call, later = Watcher(), Call(), Call()
+    watcher, call, later = Watcher(patience=60), Call(), Call()
     watcher.deadline(call, 0.0, Reason.TIMEOUT)
     watcher.deadline(later, SOON, Reason.TIMEOUT)
     assert later.aborted.wait(2)
@@ -56,7 +56,7 @@ def test_a_deadline_fires_once():
 
 
 def test_a_cancelled_deadline_never_fires():
-    watcher, cancelled, later = Watcher(), Call(), Call()
+    watcher, cancelled, later = Watcher(patience=60), Call(), Call()
     deadline = watcher.deadline(cancelled, SOON / 2, Reason.TIMEOUT)
     watcher.deadline(later, SOON, Reason.TIMEOUT)
     deadline.cancel()
@@ -65,7 +65,7 @@ def test_a_cancelled_deadline_never_fires():
 
 
 def test_cancelling_again_or_after_the_time_is_harmless():
-    watcher, first, second, third = Watcher(), Call(), Call(), Call()
+    watcher, first, second, third = Watcher(patience=60), Call(), Call(), Call()
     deadline = watcher.deadline(first, 0.0, Reason.TIMEOUT)
     assert first.aborted.wait(2)
     other = watcher.deadline(second, LONG, Reason.TIMEOUT)
@@ -78,7 +78,7 @@ def test_cancelling_again_or_after_the_time_is_harmless():
 
 
 def test_deadlines_fire_in_the_order_of_their_times_not_of_their_making():
-    watcher, log = Watcher(), []
+    watcher, log = Watcher(patience=60), []
     delays = [0.12, 0.02, 0.08, 0.05, 0.1]
     calls = [Call(delay, log) for delay in delays]
     for call, delay in zip(calls, delays, strict=True):
@@ -88,7 +88,7 @@ def test_deadlines_fire_in_the_order_of_their_times_not_of_their_making():
 
 
 def test_an_earlier_deadline_is_not_held_up_by_a_sleep_until_a_later_one():
-    watcher, late, soon = Watcher(), Call(), Call()
+    watcher, late, soon = Watcher(patience=60), Call(), Call()
     watcher.deadline(late, LONG, Reason.TIMEOUT)
     time.sleep(0.02)  # the thread sleeps by now
     began = time.monotonic()
@@ -99,7 +99,7 @@ def test_an_earlier_deadline_is_not_held_up_by_a_sleep_until_a_later_one():
 
 
 def test_the_watch_goes_on_when_all_deadlines_are_through():
-    watcher = Watcher()
+    watcher = Watcher(patience=60)
     for _ in range(3):
         call = Call()
         watcher.deadline(call, 0.01, Reason.TIMEOUT)
@@ -107,7 +107,7 @@ def test_the_watch_goes_on_when_all_deadlines_are_through():
 
 
 def test_deadlines_of_the_same_moment_all_fire(monkeypatch):
-    watcher = Watcher()
+    watcher = Watcher(patience=60)
     calls = [Call() for _ in range(50)]
     now = time.monotonic()
     with monkeypatch.context() as frozen:
@@ -118,7 +118,7 @@ def test_deadlines_of_the_same_moment_all_fire(monkeypatch):
 
 
 def test_a_call_may_set_a_deadline_while_it_is_aborted():
-    watcher, other = Watcher(), Call()
+    watcher, other = Watcher(patience=60), Call()
 
     class Chained(Call):
         def abort(self, reason):
@@ -130,7 +130,7 @@ def test_a_call_may_set_a_deadline_while_it_is_aborted():
 
 
 def test_many_cancelled_deadlines_do_not_pile_up():
-    watcher = Watcher()
+    watcher = Watcher(patience=60)
     made = [weakref.ref(watcher.deadline(Call(), LONG, Reason.TIMEOUT)) for _ in range(64)]
     for ref in made:
         ref().cancel()
@@ -144,7 +144,7 @@ def test_many_cancelled_deadlines_do_not_pile_up():
 
 
 def test_a_cancelled_deadline_lets_go_of_its_call():
-    watcher, call = Watcher(), Call()
+    watcher, call = Watcher(patience=60), Call()
     ref = weakref.ref(call)
     deadline = watcher.deadline(call, LONG, Reason.TIMEOUT)
     deadline.cancel()
@@ -154,7 +154,7 @@ def test_a_cancelled_deadline_lets_go_of_its_call():
 
 
 def test_a_sweep_keeps_what_is_not_cancelled():
-    watcher, log = Watcher(), []
+    watcher, log = Watcher(patience=60), []
     kept = [Call(n, log) for n in range(10)]
     for n, call in enumerate(kept):
         watcher.deadline(call, SOON + n / 200, Reason.TIMEOUT)
@@ -165,7 +165,7 @@ def test_a_sweep_keeps_what_is_not_cancelled():
 
 
 def test_cancelling_many_among_many_that_stay_is_not_quadratic():
-    watcher = Watcher()
+    watcher = Watcher(patience=60)
     deadlines = [watcher.deadline(Call(), LONG + n % 7, Reason.TIMEOUT) for n in range(20_000)]
     began = time.monotonic()
     for deadline in deadlines[::2]:
@@ -175,7 +175,7 @@ def test_cancelling_many_among_many_that_stay_is_not_quadratic():
 
 def test_no_thread_runs_before_the_first_deadline_and_one_after_it():
     before = len(watch_threads())
-    watcher, call = Watcher(), Call()
+    watcher, call = Watcher(patience=60), Call()
     assert len(watch_threads()) == before
     for _ in range(20):
         watcher.deadline(Call(), LONG, Reason.TIMEOUT)
@@ -186,7 +186,7 @@ def test_no_thread_runs_before_the_first_deadline_and_one_after_it():
 
 
 def test_threads_may_set_and_cancel_deadlines_at_once():
-    watcher = Watcher()
+    watcher = Watcher(patience=60)
     fired, cancelled = [], []
 
     def work():
@@ -213,7 +213,7 @@ def test_a_thread_that_cannot_be_started_is_started_by_the_next_deadline(monkeyp
     def no_more_threads(thread):
         raise RuntimeError("can't start new thread")
 
-    watcher, call = Watcher(), Call()
+    watcher, call = Watcher(patience=60), Call()
     with monkeypatch.context() as exhausted:
         exhausted.setattr(threading.Thread, "start", no_more_threads)
         with contextlib.suppress(RuntimeError):

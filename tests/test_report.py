@@ -5,7 +5,7 @@ import json
 import pytest
 
 from aiproxy.body import members
-from aiproxy.usage import Usage
+from aiproxy.report import Report
 
 ALL = {
     "input_tokens": 11,
@@ -15,21 +15,21 @@ ALL = {
 }
 
 
-def figures(usage):
-    return {name: getattr(usage, name) for name in ALL}
+def figures(report):
+    return {name: getattr(report, name) for name in ALL}
 
 
 def of_answer(spelt):
-    usage = Usage()
-    usage.note_answer(members(spelt))
-    return figures(usage)
+    report = Report()
+    report.note_answer(members(spelt))
+    return figures(report)
 
 
 def of_events(*events):
-    usage = Usage()
+    report = Report()
     for name, data in events:
-        usage.note_event(name, data if isinstance(data, bytes) else json.dumps(data).encode())
-    return figures(usage)
+        report.note_event(name, data if isinstance(data, bytes) else json.dumps(data).encode())
+    return figures(report)
 
 
 def started(**usage):

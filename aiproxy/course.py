@@ -1,0 +1,229 @@
+"""What one request has met so far: its attempts' failures judged, charged, logged, and the best one kept."""
+
+import logging
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from .attempt import Answer, Attempt, Failure, Request
+from .body import members, text
+from .breaker import Outcome
+from .errors import error_body
+from .headers import Pairs, value_of
+from .logs import Redactor
+from .policy import THREAD_NOT_FOUND, TIMEOUTS_A_REQUEST, Charge, Fault, Rank, Rule, rule_for
+from .relay import End, Relay
+from .report import Report
+from .threads import Owners, continued_message, uses_thread
+from .upstream import Upstream
+
+#: The status, in the log alone, of a request whose client left before its answer: nginx's.
+CLIENT_LEFT = 499
+#: Bytes of an upstream's error that the log is cut out of.
+_ERROR_READ = 65536
+
+
+class Reply(msgspec.Struct, frozen=True):
+    """What the client gets."""
+
+    status: int
+    headers: Pairs
+    body: bytes | Relay
+
+
+class Course:
+    """What one request has met so far."""
+
+    def __init__(self, request: Request, redactor: Redactor, owners: Owners, is_bound: bool = False) -> None:
+        """`is_bound`: the request names something that only one account has."""
+        self.goes_on = True
+        self.request_is_at_fault = False
+        self._request = request
+        self._redactor = redactor
+        self._owners = owners
+        self._is_bound = is_bound
+        self._attempts = 0
+        self._timeouts = 0
+        self.lacking: list[Upstream] = []  # they have no such endpoint
+        self._undecided: list[Attempt] = []  # charged only if another upstream answers
+        self._rank = Rank.NONE
+        self._failure: Failure | None = None  # the one to be told, if none answers
+        self._failed_at: Attempt | None = None
+        self._retry_afters: list[tuple[float, str]] = []
+
+    def run(self, attempt: Attempt, may_lack: bool = False) -> Answer | Failure:
+        """Make the attempt; a failure is judged, charged and logged.
+
+        `may_lack`: an upstream that lacks the endpoint is no failure to tell the client of.
+        """
+        self._attempts += 1
+        outcome = attempt.run()
+        if isinstance(outcome, Failure):
+            rule = self._rule(outcome)
+            self._log_attempt(attempt, outcome, rule)
+            self._charge(attempt, outcome, rule)
+            if may_lack and self._lacks_endpoint(outcome):
+                self.lacking.append(attempt.upstream)
+                return outcome
+            self._keep(attempt, outcome, rule)
+            self._timeouts += outcome.fault is Fault.TIMEOUT
+            self.goes_on = rule.next_upstream and self._timeouts < TIMEOUTS_A_REQUEST
+        else:
+            self._log_attempt(attempt, None, None)
+        return outcome
+
+    def answered(self, attempt: Attempt, answer: Answer, cut: Callable[[], None]) -> Reply:
+        """Another upstream answered the same request: those that refused it were at fault."""
+        for refused in self._undecided:
+            refused.settle(Outcome.FAILURE)
+        if isinstance(answer.body, Relay):
+            answer.body.bind(
+                self._request.id,
+                cut,
+                on_stop=lambda: self._remember(attempt),
+                on_end=lambda end: self._log_done(attempt, answer.status, end),
+            )
+        else:
+            self._remember(attempt)
+            self._log_done(attempt, answer.status, End("complete", len(answer.body)))
+        return self._reply(attempt, answer.status, answer.headers, answer.body)
+
+    @property
+    def all_lack_it(self) -> bool:
+        """Whether each upstream that was asked, if any was, has no such endpoint."""
+        return len(self.lacking) == self._attempts
+
+    def failed(self) -> Reply:
+        """No upstream answered: the error of theirs that helps the client most, else one of ours."""
+        attempt, failure = self._failed_at, self._failure
+        if self._request.scope.left:
+            self._log_done(None, CLIENT_LEFT, End("client_left", 0))
+            return Reply(CLIENT_LEFT, [], b"")
+        if failure is None or failure.status is None:
+            status, type_, message = (
+                (504, "timeout_error", "No upstream answered in time.")
+                if self._timeouts
+                else (502, "api_error", "No upstream could answer the request.")
+            )
+            body = error_body(type_, message, self._request.id)
+            self._log_done(None, status, End("error", len(body)))
+            return self._reply(None, status, [("content-type", "application/json")], body)
+        body = self._redactor.answer(failure.body)
+        self._log_done(attempt, failure.status, End("error", len(body)))
+        return self._reply(attempt, failure.status, self._with_soonest_retry(failure.headers), body)
+
+    def release(self) -> None:
+        """Give back what is still held; of no effect on what is settled."""
+        for attempt in self._undecided:
+            attempt.settle(Outcome.UNDECIDED)
+
+    def _rule(self, failure: Failure) -> Rule:
+        if failure.status == 404 and _thread_not_found(failure) and continued_message(self._request.body):
+            return THREAD_NOT_FOUND
+        return rule_for(failure.fault, failure.status, failure.retry_after, self._is_bound)
+
+    def _lacks_endpoint(self, failure: Failure) -> bool:
+        """Whether an upstream says that it has no such endpoint; a 404 may also be about what is asked."""
+        if failure.status == 404:
+            about_model = (_error_of(failure).get("message") or "").startswith("model:")
+            return not about_model and not self._is_bound
+        return failure.status in (405, 501)
+
+    def _remember(self, attempt: Attempt) -> None:
+        """Which upstream made a thread's message; before the client can continue it."""
+        if attempt.report.message_id is not None and uses_thread(self._request.body):
+            self._owners.note(attempt.report.message_id, attempt.upstream.name)
+
+    def _charge(self, attempt: Attempt, failure: Failure, rule: Rule) -> None:
+        if rule.charge is Charge.IF_ANOTHER_ANSWERS:
+            self._undecided.append(attempt)
+        elif rule.charge is Charge.REST:
+            attempt.rest(failure.retry_after or 0.0)
+        else:
+            attempt.settle(Outcome.FAILURE if rule.charge is Charge.FAILURE else Outcome.UNDECIDED)
+
+    def _keep(self, attempt: Attempt, failure: Failure, rule: Rule) -> None:
+        """Remember the failure that the client is to be told: the highest rank, of equals the latest."""
+        if rule.rank is Rank.REQUEST:
+            self.request_is_at_fault = True
+        if failure.retry_after is not None:
+            self._retry_afters.append((failure.retry_after, value_of(failure.headers, "retry-after") or ""))
+        if failure.status is not None and rule.rank >= self._rank:
+            self._rank, self._failure, self._failed_at = rule.rank, failure, attempt
+
+    def _with_soonest_retry(self, headers: Pairs) -> Pairs:
+        """Of several `retry-after` values the smallest: some upstream is free again by then."""
+        if value_of(headers, "retry-after") is None or not self._retry_afters:
+            return headers
+        soonest = min(self._retry_afters)[1]
+        if soonest == value_of(headers, "retry-after"):
+            return headers
+        kept = [pair for pair in headers if pair[0] not in ("retry-after", "retry-after-ms")]
+        return [*kept, ("retry-after", soonest)]
+
+    def _reply(self, attempt: Attempt | None, status: int, headers: Pairs, body: bytes | Relay) -> Reply:
+        added = [("x-aiproxy-attempts", str(self._attempts))]
+        if attempt is not None:
+            added.append(("x-aiproxy-upstream", attempt.upstream.name))
+        if value_of(headers, "request-id") is None:
+            added.append(("request-id", self._request.id))
+        return Reply(status, [*headers, *added], body)
+
+    def _log_attempt(self, attempt: Attempt, failure: Failure | None, rule: Rule | None) -> None:
+        self._redactor.line(
+            logging.INFO if failure is None else logging.WARNING,
+            "attempt",
+            self._request.secrets,
+            id=self._request.id,
+            number=self._attempts,
+            upstream=attempt.upstream.name,
+            model=self._request.body.model,
+            upstream_model=attempt.model,
+            status=attempt.status,
+            fault=failure.fault.value if failure is not None else None,
+            detail=failure.detail if failure is not None else None,
+            verdict="answered" if rule is None else rule.charge.value,
+            reconnected=attempt.reconnected or None,
+            first_byte=attempt.first_byte,
+            upstream_request_id=attempt.upstream_request_id,
+            error=failure.body[:_ERROR_READ].decode(errors="replace") if failure and failure.body else None,
+        )
+
+    def _log_done(self, attempt: Attempt | None, status: int, end: End) -> None:
+        report = attempt.report if attempt is not None else Report()
+        self._redactor.line(
+            logging.INFO if end.how in ("complete", "client_left") else logging.WARNING,
+            "done",
+            self._request.secrets,
+            id=self._request.id,
+            outcome=end.how,
+            status=status,
+            upstream=attempt.upstream.name if attempt is not None else None,
+            attempts=self._attempts,
+            bytes=end.bytes,
+            seconds=time.monotonic() - self._request.began,
+            detail=end.detail,
+            input_tokens=report.input_tokens,
+            output_tokens=report.output_tokens,
+            cache_read_tokens=report.cache_read_input_tokens,
+            cache_write_tokens=report.cache_creation_input_tokens,
+            upstream_request_id=attempt.upstream_request_id if attempt is not None else None,
+        )
+
+
+def _thread_not_found(failure: Failure) -> bool:
+    return _error_of(failure).get("error_code") == "thread_not_found"
+
+
+def _error_of(failure: Failure) -> dict[str, str | None]:
+    """The message and the `error_code` of an error body, None where it has none."""
+    try:
+        error = members(members(failure.body).get("error", b""))
+    except ValueError:
+        return {}
+    try:
+        code = text(members(error.get("details", b"")).get("error_code", b""))
+    except ValueError:
+        code = None
+    return {"message": text(error.get("message", b"")), "error_code": code}

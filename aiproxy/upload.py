@@ -1,0 +1,106 @@
+"""The request's body on its way in: read under limits, or read and thrown away.
+
+Whatever is refused before its body was read is read first and dropped: otherwise clients see a broken
+pipe, and nginx a 502, instead of the answer. gunicorn itself drains only 64 KiB.
+"""
+
+import contextlib
+import socket
+import time
+from typing import Any
+
+from .errors import ApiError
+from .watch import Reason, Watcher
+
+#: What is read and thrown away of a body that is refused, in bytes and seconds.
+DROP_BYTES = 256 * 1024 * 1024
+DROP_SECONDS = 30.0
+#: Seconds for which an upload may be silent.
+SILENCE = 60.0
+
+_PIECE = 1024 * 1024
+
+
+class Upload:
+    """One request's body, read once by the thread that serves the request."""
+
+    def __init__(self, environ: dict[str, Any], watcher: Watcher) -> None:
+        """`environ`: the WSGI environment."""
+        self._watcher = watcher
+        self._input = environ["wsgi.input"]
+        self._client: socket.socket | None = environ.get("gunicorn.socket")
+        declared = environ.get("CONTENT_LENGTH") or ""
+        self._declared = int(declared) if declared.isdigit() else None
+        self._is_empty = not self._declared and "HTTP_TRANSFER_ENCODING" not in environ
+        self._spoilt = False
+
+    def read(self, limit: int) -> bytes:
+        """The whole body.
+
+        Raises `ApiError`: 413 over `limit` bytes, 408 if it falls silent, 400 if it breaks off.
+        """
+        if self._declared is not None and self._declared > limit:
+            raise _too_large(limit)
+        pieces: list[bytes] = []
+        total = 0
+        while piece := self._piece(_PIECE if self._declared is None else min(_PIECE, self._declared - total)):
+            total += len(piece)
+            if total > limit:
+                raise _too_large(limit)
+            pieces.append(piece)
+        if self._declared is not None and total < self._declared:
+            self._spoilt = True
+            raise ApiError(400, "invalid_request_error", "The request body ended early.")
+        return b"".join(pieces)
+
+    def drop(self) -> None:
+        """Read what is left and throw it away, within bounds."""
+        if self._spoilt or self._is_empty:
+            return
+        deadline = self._watcher.deadline(self, DROP_SECONDS, Reason.TIMEOUT)
+        ends = time.monotonic() + DROP_SECONDS
+        left = DROP_BYTES
+        while left > 0 and time.monotonic() < ends and (piece := self._any()):
+            left -= len(piece)
+        deadline.cancel()
+
+    def abort(self, reason: Reason) -> None:
+        """End the upload: from here on it reads as ended, and the answer can still be sent."""
+        if self._client is not None:
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(self._client, socket.SHUT_RD)
+
+    def _any(self) -> bytes:
+        """The next bytes to throw away, none at the end or when the client is gone or too slow."""
+        try:
+            return self._read(_PIECE // 16, DROP_SECONDS)
+        except Exception:  # as above; the answer may still reach the client
+            return b""
+
+    def _piece(self, size: int) -> bytes:
+        try:
+            return self._read(size, SILENCE)
+        except TimeoutError:
+            self._spoilt = True
+            raise ApiError(
+                408, "timeout_error", f"The request body was silent for {SILENCE:.0f} seconds."
+            ) from None
+        except Exception:  # gunicorn's many errors for bodies that break off or are badly chunked
+            self._spoilt = True
+            raise ApiError(400, "invalid_request_error", "The request body could not be read.") from None
+
+    def _read(self, size: int, seconds: float) -> bytes:
+        """`size` bytes, or what comes before the end; each wait for bytes lasts at most `seconds`."""
+        if size == 0:
+            return b""
+        if self._client is None:
+            return bytes(self._input.read(size))
+        self._client.settimeout(seconds)
+        try:
+            return bytes(self._input.read(size))
+        finally:
+            self._client.settimeout(None)
+
+
+def _too_large(limit: int) -> ApiError:
+    return ApiError(413, "request_too_large", f"The request body is larger than {limit / 1024 / 1024:g} MB.")

@@ -1,0 +1,1374 @@
+"""Every row of the failover policy, against upstreams on real sockets that break each rule of HTTP.
+
+The application runs in process and is spoken to as WSGI, since no row depends on the client's wire. Each
+breaker is a `Recorded` one: it keeps what every attempt was settled as, and complains about a permit that
+is settled twice or never.
+"""
+
+import gzip
+import itertools
+import json
+import socket
+import threading
+import time
+import zlib
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from unittest.mock import patch
+
+import pytest
+from fakes import (
+    HOST,
+    BeforeBody,
+    FakeUpstream,
+    answer,
+    blackhole,
+    close_if_reused,
+    close_now,
+    dead_port,
+    early_refusal,
+    error,
+    error_event,
+    events,
+    gzipped,
+    hang,
+    head_only,
+    later,
+    loopback_tls,
+    message_events,
+    message_json,
+    raw,
+    refuse_after_head,
+    reset_now,
+    stalled_upload,
+    trickle,
+    whole,
+)
+from werkzeug.test import create_environ
+
+from aiproxy.app import create_app
+from aiproxy.breaker import Breaker
+from aiproxy.config import BreakerSettings, Config, Timeouts, UpstreamSettings
+from aiproxy.transport import Transport
+
+MB = 1024 * 1024
+QUESTION = {"model": "claude-x", "max_tokens": 8, "messages": [{"role": "user", "content": "Hi"}]}
+
+# ------------------------------------------------------------------------------- the proxy in process
+
+
+class Clock:
+    """The breakers' clock, which stands still until a test moves it."""
+
+    def __init__(self):
+        self.now = 5000.0
+
+    def __call__(self):
+        return self.now
+
+
+class Recorded(Breaker):
+    """A breaker that keeps the outcomes of its permits, and which are still out."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.outcomes = []
+        self.kinds = []
+        self.out = []
+
+    def acquire(self):
+        return self._given(super().acquire())
+
+    def acquire_last_resort(self):
+        return self._given(super().acquire_last_resort())
+
+    def commit(self, permit):
+        exchanged, change = super().commit(permit)
+        if exchanged is not permit:
+            self._back(permit, "committed")
+            self.out.append(exchanged)
+        return exchanged, change
+
+    def settle(self, permit, outcome):
+        self._back(permit, outcome.value)
+        return super().settle(permit, outcome)
+
+    def rest(self, permit, seconds):
+        self._back(permit, f"rest {seconds:g}")
+        return super().rest(permit, seconds)
+
+    def _given(self, permit):
+        if permit is not None:
+            self.kinds.append(permit.kind.value)
+            self.out.append(permit)
+        return permit
+
+    def _back(self, permit, outcome):
+        self.out.remove(permit)  # raises for a permit that was given back before
+        self.outcomes.append(outcome)
+
+
+class WsgiAnswer:
+    """What the application answers: a status, headers, and a body that is taken a piece at a time."""
+
+    def __init__(self, app, environ):
+        self.pieces = []
+        self.ending = None  # "end", or "cut" where the client's connection would be broken off
+        self._iterable = app(environ, self._start)
+        self._iterator = iter(self._iterable)
+
+    def _start(self, status, headers, exc_info=None):
+        self.status = int(status.split(" ")[0])
+        self.headers = headers
+
+    def header(self, name):
+        return next((value for key, value in self.headers if key.lower() == name), None)
+
+    def next(self):
+        """The next piece of the body, None after the last."""
+        try:
+            self.pieces.append(next(self._iterator))
+        except StopIteration:
+            self.ending = "end"
+        except ConnectionAbortedError:
+            self.ending = "cut"
+        return None if self.ending else self.pieces[-1]
+
+    def read(self):
+        """Take all of the body and close it, as a server does."""
+        while self.next() is not None:
+            pass
+        self.leave()
+        return self
+
+    def leave(self):
+        """Close the body, read to its end or not."""
+        self._iterable.close()
+
+    @property
+    def body(self):
+        return b"".join(self.pieces)
+
+    def json(self):
+        return json.loads(self.body)
+
+    @property
+    def upstream(self):
+        return self.header("x-aiproxy-upstream")
+
+    @property
+    def attempts(self):
+        return int(self.header("x-aiproxy-attempts"))
+
+
+class Proxy:
+    """The application with upstreams named a, b, ...: each a `FakeUpstream`, a URL, or settings."""
+
+    def __init__(self, *upstreams, clock=time.monotonic, failures=3, cooldown=60.0, limits=(), **timeouts):
+        self._breakers = []
+        self._transports = []
+        settings = tuple(_settings(chr(97 + n), one) for n, one in enumerate(upstreams))
+        with (
+            patch("aiproxy.app.Breaker", lambda *args: self._kept(self._breakers, Recorded(*args))),
+            patch("aiproxy.app.Transport", lambda *args: self._kept(self._transports, Transport(*args))),
+            patch("aiproxy.transport.POOL", 16),  # a pool is filled with as many blanks, which takes its time
+        ):
+            self.app = create_app(
+                Config(
+                    upstreams=settings,
+                    breaker=BreakerSettings(failures=failures, cooldown=cooldown),
+                    timeouts=Timeouts(
+                        **{"connect": 2.0, "first_byte": 5.0, "answer": 5.0, "idle": 5.0, **timeouts}
+                    ),
+                ),
+                clock,
+            )
+        self.breakers = dict(zip((one.name for one in settings), self._breakers, strict=True))
+
+    @staticmethod
+    def _kept(list_, made):
+        list_.append(made)
+        return made
+
+    def ask(self, stream=False, question=None, headers=None, query=""):
+        """Ask and take the whole answer."""
+        return self.begin(stream, question, headers, query).read()
+
+    def begin(self, stream=False, question=None, headers=None, query=""):
+        """Ask; the answer's body is still to be read."""
+        if not isinstance(question, bytes):
+            question = json.dumps({**(question or QUESTION), **({"stream": True} if stream else {})}).encode()
+        environ = create_environ(
+            "/v1/messages",
+            query_string=query,
+            method="POST",
+            data=question,
+            content_type="application/json",
+            headers=headers,
+        )
+        return WsgiAnswer(self.app, environ)
+
+    def outcomes(self, *names):
+        """What the attempts at these upstreams (all of them unless named) were settled as."""
+        return [self.breakers[name].outcomes for name in names or self.breakers]
+
+    def close(self):
+        """Nothing may be left: no permit out, no connection."""
+        for transport in self._transports:
+            transport.close()
+        assert {name: breaker.out for name, breaker in self.breakers.items() if breaker.out} == {}
+
+
+def _settings(name, one):
+    given = one if isinstance(one, dict) else {"base_url": one}
+    base_url = given["base_url"]
+    url = base_url.url if isinstance(base_url, FakeUpstream) else base_url
+    return UpstreamSettings(**{"name": name, "token": f"sk-test-{name}", **given, "base_url": url})
+
+
+@pytest.fixture
+def proxy():
+    made = []
+
+    def make(*upstreams, **settings):
+        made.append(Proxy(*upstreams, **settings))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+def seen(*upstreams):
+    return [len(one.seen) for one in upstreams]
+
+
+# ---------------------------------------------------------------- what is no answer: the next one, counted
+
+START, PING, BLOCK = message_events()[:3]
+MESSAGE = message_json()
+REDIRECT = [("location", "http://127.0.0.1:1/v1/messages")]
+NEVER_ENDS = [("content-length", "1000000")]
+
+
+def sent(data):
+    return raw(b"HTTP/1.1 " + data)
+
+
+ANY_REQUEST = {
+    "closed_without_a_byte": close_now(),
+    "reset_without_a_byte": reset_now(),
+    "closed_before_the_body_was_read": refuse_after_head(),
+    "died_in_the_status_line": sent(b"20"),
+    "died_in_the_head": sent(b"200 OK\r\ncontent-type: appl"),
+    "died_after_the_head": head_only(content_type="application/json"),
+    "died_after_the_head_of_a_stream": head_only(),
+    "not_http": raw(b"SSH-2.0-OpenSSH_9.6\r\n"),
+    "status_99": sent(b"099 Odd\r\ncontent-length: 0\r\n\r\n"),
+    "a_header_of_100_kb": sent(b"200 OK\r\nx-a: " + b"a" * 100_000 + b"\r\n\r\n"),
+    "a_thousand_headers": sent(b"200 OK\r\n" + b"x-a: 1\r\n" * 1000 + b"\r\n"),
+    "a_length_that_is_no_number": sent(
+        b"200 OK\r\ncontent-type: application/json\r\ncontent-length: x\r\n\r\n"
+    ),
+    "a_chunk_size_that_is_no_number": sent(
+        b"200 OK\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n{}"
+    ),
+    "html": whole(200, b"<h1>It works!</h1>", content_type="text/html"),
+    "no_content_type": whole(200, MESSAGE, headers=[("content-type", None)]),
+    "an_unknown_content_type": whole(200, MESSAGE, content_type="application/x-ndjson"),
+    "no_content": sent(b"204 No Content\r\n\r\n"),
+    "empty_json": whole(200, b""),
+    "empty_events": events([]),
+    "empty_html_by_close": events([], framing="close", content_type="text/html"),
+    "created_html": whole(201, b"<p>", content_type="text/html"),
+    "a_content_encoding_nobody_asked_for": whole(200, MESSAGE, headers=[("content-encoding", "br")]),
+    "gzip_that_is_none": whole(200, MESSAGE, headers=[("content-encoding", "gzip")]),
+    "gzip_events_that_are_none": events([START, BLOCK], headers=[("content-encoding", "gzip")]),
+    "redirect_301": whole(301, b"", headers=REDIRECT),
+    "redirect_302": whole(302, b"<a>", headers=REDIRECT, content_type="text/html"),
+    "redirect_303": whole(303, MESSAGE, headers=REDIRECT),
+    "redirect_307": whole(307, b"", headers=REDIRECT),
+    "redirect_308": whole(308, b"", headers=[("location", "/v1/messages")]),
+    "redirect_to_nowhere": whole(302, b"", headers=[("location", "http://[/")]),
+    "redirect_to_another_scheme": whole(302, b"", headers=[("location", "ftp://a/b")]),
+    "redirect_with_cookies": whole(302, b"", headers=[*REDIRECT, ("set-cookie", "a=b")]),
+    "redirect_without_location": whole(302, b""),
+    "not_modified": whole(304, b""),
+    "multiple_choices": whole(300, MESSAGE),
+    "early_hints_and_then_nothing": sent(b"103 Early Hints\r\nlink: </a>\r\n\r\n"),
+    "switching_protocols": sent(b"101 Switching Protocols\r\nupgrade: h2c\r\n\r\n"),
+}
+WHOLE = {
+    "cut_short_by_length": whole(200, MESSAGE, then="cut", cut_at=40),
+    "cut_short_by_length_with_a_reset": whole(200, MESSAGE, then="reset", cut_at=40),
+    "cut_short_of_one_byte": whole(200, MESSAGE + b" ", then="cut", cut_at=len(MESSAGE)),
+    "cut_short_between_chunks": whole(200, MESSAGE, framing="chunked", then="cut"),
+    "cut_short_in_a_chunk": events(
+        [MESSAGE], then="cut", cut_at=40, torn=True, content_type="application/json"
+    ),
+    "cut_short_by_close": whole(200, MESSAGE, framing="close", then="cut", cut_at=40),
+    "a_list": whole(200, b"[" + MESSAGE + b"]"),
+    "a_string": whole(200, b'"ok"'),
+    "null": whole(200, b"null"),
+    "not_json": whole(200, b"upstream connect error"),
+    "json_and_more": whole(200, MESSAGE + MESSAGE),
+    "nested_too_deeply": whole(200, b'{"a":' + b"[" * 200_000 + b"]" * 200_000 + b"}"),
+    "events_unasked": events(message_events()),
+    "an_error_in_a_200": whole(200, b'{"type":"error","error":{"type":"api_error","message":"x"}}'),
+    "an_overload_in_a_200": whole(200, b'{"type":"error","error":{"type":"overloaded_error"}}'),
+    "an_error_of_no_known_type_in_a_200": whole(200, b'{"type":"error","error":{"type":"new_error"}}'),
+    "an_error_without_a_type": whole(200, b'{"error":"out of order"}'),
+    "an_openai_error": whole(200, b'{"error":{"message":"x","code":500}}'),
+    "an_error_spelt_with_escapes": whole(200, b'{"type":"\\u0065rror"}'),
+    "gzip_cut_short": whole(
+        200,
+        b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x02\x03\xab\x56",
+        headers=[("content-encoding", "gzip")],
+    ),
+}
+STREAM = {
+    "died_after_message_start": events([START], then="cut"),
+    "died_after_message_start_by_length": events([START], framing="length", then="cut"),
+    "died_after_message_start_by_close": events([START], framing="close"),
+    "reset_after_message_start_and_a_ping": events([START, PING], then="reset"),
+    "died_in_the_first_content": events([START, BLOCK], then="cut", cut_at=20),
+    "died_in_a_chunk_of_the_first_content": events([START, BLOCK], then="cut", cut_at=20, torn=True),
+    "ended_after_message_start": events([START]),
+    "ended_after_message_start_and_a_ping": events([START, PING]),
+    "ended_in_the_first_content": events([START, BLOCK[:-1]]),
+    "only_comments": events([b": hello\n\n", b": again\n\n"]),
+    "an_error_event_at_once": events([error_event("api_error")]),
+    "an_error_event_after_message_start": events([START, PING, error_event()]),
+    "an_error_event_of_no_known_type": events([START, error_event("new_error")]),
+    "an_error_event_that_is_no_json": events([b"event: error\ndata: oops\n\n"]),
+    "an_error_event_with_carriage_returns": events([error_event("api_error").replace(b"\n", b"\r\n")]),
+    "json_though_a_stream_was_asked_for": whole(200, MESSAGE),
+    "a_json_error_in_a_200": whole(200, b'{"type":"error","error":{"type":"overloaded_error"}}'),
+    "json_that_breaks_off": whole(200, MESSAGE, then="cut", cut_at=20),
+}
+CASES = [
+    *(pytest.param(False, reply, id=name) for name, reply in {**ANY_REQUEST, **WHOLE}.items()),
+    *(pytest.param(True, reply, id=f"stream-{name}") for name, reply in {**ANY_REQUEST, **STREAM}.items()),
+]
+
+
+@pytest.mark.parametrize(("stream", "reply"), CASES)
+def test_what_is_no_answer_counts_and_the_next_upstream_answers(upstream, proxy, stream, reply):
+    a, b = upstream(reply, default=answer("a")), upstream()
+    one = proxy(a, b)
+    given = one.ask(stream)
+    assert (given.status, given.upstream, given.attempts, given.ending) == (200, "b", 2, "end")
+    assert given.body == (b"".join(message_events(["ok"])) if stream else MESSAGE)
+    assert seen(a, b) == [1, 1]
+    assert one.outcomes() == [["failure"], ["success"]]
+
+
+@pytest.mark.parametrize(
+    ("status", "stream"),
+    [*((status, False) for status in (401, 402, 408, 429, 500, 502, 503, 504, 529, 599, 999)), (529, True)],
+)
+def test_a_status_of_the_upstream_s_own_counts_and_the_next_one_answers(upstream, proxy, status, stream):
+    a, b = upstream(error(status)), upstream()
+    one = proxy(a, b)
+    given = one.ask(stream)
+    assert (given.status, given.upstream, given.attempts) == (200, "b", 2)
+    assert one.outcomes() == [["failure"], ["success"]]
+
+
+HALF_HEADS = [b"", b"\r\ncontent-ty", b"\r\ncontent-length: 0\r\n"]
+
+
+@pytest.mark.parametrize("rest", HALF_HEADS)
+@pytest.mark.parametrize("status", [b"200 OK", b"400 Bad Request", b"529 Overloaded"])
+def test_half_a_head_is_no_answer_whatever_its_status(upstream, proxy, status, rest):
+    a, b = upstream(sent(status + rest), default=sent(status + rest)), upstream()
+    one = proxy(a, b)
+    assert one.ask().upstream == "b"
+    assert one.outcomes() == [["failure"], ["success"]]
+    assert proxy(a).ask().status == 502
+
+
+def test_a_redirect_s_body_is_not_waited_for(upstream, proxy):
+    a, b = upstream(whole(302, b"", headers=[*REDIRECT, *NEVER_ENDS], then="hang")), upstream()
+    began = time.monotonic()
+    assert proxy(a, b).ask().upstream == "b"
+    assert time.monotonic() - began < 1
+
+
+def test_a_redirect_is_not_followed(upstream, proxy):
+    elsewhere = upstream()
+    a = upstream(whole(307, b"", headers=[("location", f"{elsewhere.url}/v1/messages")]))
+    one = proxy(a)
+    assert one.ask().status == 502
+    assert seen(a, elsewhere) == [1, 0]
+    assert one.outcomes() == [["failure"]]
+
+
+@pytest.mark.parametrize("status", [100, 102, 103, 199])
+def test_the_request_after_an_interim_answer_gets_its_own(upstream, proxy, status):
+    interim = b"HTTP/1.1 %d Interim\r\nlink: </a>\r\n\r\n" % status
+    late = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 16\r\n\r\n"
+    a = upstream(raw(interim + late + b'{"id":"another"}', "keep"))
+    one = proxy(a)
+    first, second = one.ask(), one.ask()
+    if status == 100:  # the one that HTTP clients pass over, as RFC 9110 section 15.2.1 wants it
+        assert (first.status, first.body) == (200, b'{"id":"another"}')
+    else:
+        assert first.status == 502
+        assert a.connections == 2
+    assert (second.status, second.body) == (200, MESSAGE)
+
+
+def test_what_an_upstream_sends_after_its_answer_is_not_the_next_one_s(upstream, proxy):
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+    first, surplus = head % len(MESSAGE) + MESSAGE, head % 16 + b'{"id":"another"}'
+    a = upstream(raw(first + surplus * 200, "keep"), default=answer("mine"))
+    one = proxy(a)
+    assert one.ask().body == MESSAGE
+    assert one.ask().json()["content"][0]["text"] == "mine"
+
+
+# -------------------------------------------------------------------------------- no connection at all
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("url", ["http://name.invalid", "https://name.invalid:8443/prefix", "http://refused"])
+def test_no_connection_counts_and_the_next_upstream_answers(upstream, proxy, url, stream):
+    b = upstream()
+    one = proxy(url.replace("http://refused", f"http://{HOST}:{dead_port()}"), b, connect=1.0)
+    given = one.ask(stream)
+    assert (given.status, given.upstream, given.attempts) == (200, "b", 2)
+    assert one.outcomes() == [["failure"], ["success"]]
+
+
+def test_a_connection_that_does_not_come_about_in_time_counts(upstream, proxy):
+    b = upstream()
+    with blackhole() as port:
+        one = proxy(f"http://{HOST}:{port}", b, connect=0.15)
+        began = time.monotonic()
+        assert one.ask().upstream == "b"
+        assert 0.15 <= time.monotonic() - began < 1
+    assert one.outcomes() == [["failure"], ["success"]]
+
+
+def test_tls_to_a_port_that_speaks_none_counts(upstream, proxy):
+    a, b = upstream(), upstream()
+    one = proxy(a.url.replace("http:", "https:"), b)
+    assert one.ask().upstream == "b"
+    assert one.outcomes() == [["failure"], ["success"]]
+
+
+def test_a_certificate_that_does_not_verify_counts_and_gets_no_request(upstream, proxy):
+    a, b = upstream(tls=loopback_tls()), upstream()
+    one = proxy(a, b)
+    assert one.ask().upstream == "b"
+    assert one.outcomes() == [["failure"], ["success"]]
+    assert seen(a) == [0]
+
+
+def test_tls_that_never_shakes_hands_ends_at_the_connect_timeout(upstream, proxy):
+    b = upstream()
+    with socket.create_server((HOST, 0)) as silent:
+        one = proxy(f"https://{HOST}:{silent.getsockname()[1]}", b, connect=0.15)
+        began = time.monotonic()
+        assert one.ask().upstream == "b"
+        assert 0.15 <= time.monotonic() - began < 1
+    assert one.outcomes() == [["failure"], ["success"]]
+
+
+# ------------------------------------------------------------------------ a reused connection that is dead
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("dies", [close_now(), reset_now()])
+def test_a_stale_connection_costs_nothing(upstream, proxy, dies, stream):
+    a, b = upstream(answer(), dies), upstream()
+    one = proxy({"base_url": a, "weight": 9}, b)
+    one.ask()
+    given = one.ask(stream)
+    assert (given.status, given.upstream, given.attempts) == (200, "a", 1)
+    assert [request.connection for request in a.seen] == [1, 1, 2]
+    assert one.outcomes() == [["success", "success"], []]
+
+
+@pytest.mark.parametrize("size", [10, 4 * MB])
+def test_a_connection_that_goes_stale_during_the_upload_costs_nothing(upstream, proxy, size):
+    question = json.dumps({**QUESTION, "padding": "x" * size}).encode()
+    a = upstream(answer(), refuse_after_head())
+    one = proxy(a)
+    one.ask()
+    assert one.ask(question=question).status == 200
+    assert a.seen[-1].body == question
+    assert one.outcomes() == [["success", "success"]]
+
+
+@pytest.mark.parametrize("dies", [close_now(), reset_now(), sent(b"20")])
+def test_the_fresh_connection_that_fails_too_is_counted_once(upstream, proxy, dies):
+    a, b = upstream(answer(), close_now(), dies), upstream()
+    one = proxy({"base_url": a, "weight": 9}, b)
+    one.ask()
+    given = one.ask()
+    assert (given.status, given.upstream, given.attempts) == (200, "b", 2)
+    assert [request.connection for request in a.seen] == [1, 1, 2]
+    assert one.outcomes() == [["success", "failure"], ["success"]]
+
+
+def test_a_fresh_connection_that_dies_is_not_tried_again(upstream, proxy):
+    a, b = upstream(close_now()), upstream()
+    one = proxy(a, b)
+    assert one.ask().upstream == "b"
+    assert seen(a) == [1]
+
+
+@pytest.mark.parametrize("byte", [b"H", b"HTTP/1.1 200 OK\r\n"])
+def test_a_reused_connection_that_breaks_after_a_byte_is_not_stale(upstream, proxy, byte):
+    a, b = upstream(answer(), raw(byte)), upstream()
+    one = proxy({"base_url": a, "weight": 9}, b)
+    one.ask()
+    assert one.ask().upstream == "b"
+    assert seen(a) == [2]
+    assert one.outcomes() == [["success", "failure"], ["success"]]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_reused_connection_that_is_silent_is_not_stale(upstream, proxy, stream):
+    a, b = upstream(answer(), hang()), upstream()
+    one = proxy({"base_url": a, "weight": 9}, b, first_byte=0.15, answer=0.15)
+    one.ask()
+    assert one.ask(stream).upstream == "b"
+    assert seen(a) == [2]
+    assert one.outcomes() == [["success", "failure"], ["success"]]
+
+
+def test_the_fresh_connection_has_only_what_is_left_of_the_time(upstream, proxy):
+    a = upstream(answer(), later(0.2, close_now()), hang())
+    one = proxy(a, answer=0.3)
+    one.ask()
+    began = time.monotonic()
+    assert one.ask().status == 504
+    assert time.monotonic() - began < 0.45
+
+
+def test_an_upstream_that_closes_after_every_answer_is_never_charged(upstream, proxy):
+    closing = close_if_reused()
+    a = upstream(default=closing)
+    one = proxy(a)
+    assert [one.ask().status for _ in range(6)] == [200] * 6
+    assert closing.closed > 0
+    assert one.outcomes() == [["success"] * 6]
+
+
+def test_a_connection_that_the_upstream_closed_idle_is_not_used(upstream, proxy):
+    gone = threading.Event()
+
+    def reply(wire, request):
+        answer()(wire, request)
+        wire.close()
+        gone.set()
+
+    a = upstream(reply)
+    one = proxy(a)
+    one.ask()
+    assert gone.wait(5)
+    one.ask()
+    assert [request.connection for request in a.seen] == [1, 2]
+
+
+# ------------------------------------------------------------------------------------------- timeouts
+
+TRICKLED_HEAD = b"HTTP/1.1 200 OK\r\n" + b"".join(b"x-%d: y\r\n" % n for n in range(200))
+SILENT_WHOLE = {
+    "hang": hang(),
+    "stalled_upload": stalled_upload(),
+    "head_only": head_only(content_type="application/json", then="hang"),
+    "trickled_head": trickle(TRICKLED_HEAD, 0.01, content_type=None),
+    "trickled_body": trickle(MESSAGE * 9, 0.01, content_type="application/json"),
+    "trickled_error": trickle(b"{" * 999, 0.01, content_type="application/json", status=500),
+    "half_a_body": whole(200, MESSAGE, then="hang", cut_at=20),
+    "half_a_body_by_close": whole(200, MESSAGE, framing="close", then="hang", cut_at=20),
+    "a_body_that_never_closes": events(
+        [MESSAGE], framing="close", then="hang", content_type="application/json"
+    ),
+    "a_body_whose_last_chunk_is_missing": whole(200, MESSAGE, framing="chunked", then="hang"),
+}
+SILENT_STREAM = {
+    "hang": hang(),
+    "head_only": head_only(then="hang"),
+    "trickled_head": trickle(TRICKLED_HEAD, 0.01, content_type=None),
+    "trickled_start": trickle(START * 9, 0.01),
+    "trickled_comments": events([b": wait\n\n"] * 200, gap=0.01),
+    "starts_for_ever": events([START] * 200, gap=0.01),
+    "half_an_event": events([START, BLOCK], cut_at=20, then="hang"),
+    "trickled_content": events([START, *(BLOCK[n : n + 1] for n in range(len(BLOCK)))], gap=0.01),
+    "start_then_silence": events([START, PING], then="hang"),
+    "start_then_silence_by_close": events([START, PING], framing="close", then="hang"),
+    "start_then_silence_by_length": events([START, PING], framing="length", then="hang"),
+    "trickled_error": trickle(b"{" * 999, 0.01, content_type="application/json", status=529),
+}
+SILENT = [
+    *(pytest.param(False, reply, id=name) for name, reply in SILENT_WHOLE.items()),
+    *(pytest.param(True, reply, id=f"stream-{name}") for name, reply in SILENT_STREAM.items()),
+]
+
+
+@pytest.mark.parametrize(("stream", "reply"), SILENT)
+def test_waiting_past_a_timeout_counts_and_the_next_upstream_answers(upstream, proxy, stream, reply):
+    a, b = upstream(reply), upstream()
+    one = proxy(a, b, **{"first_byte" if stream else "answer": 0.1})
+    began = time.monotonic()
+    given = one.ask(stream, question={**QUESTION, "padding": "x" * 100_000})
+    assert 0.1 <= time.monotonic() - began < 1
+    assert (given.status, given.upstream, given.attempts) == (200, "b", 2)
+    assert one.outcomes() == [["failure"], ["success"]]
+    a.wait_left()
+
+
+def test_a_whole_answer_is_not_bounded_by_first_byte_nor_a_stream_by_answer(upstream, proxy):
+    one = proxy(upstream(default=later(0.2, answer())), first_byte=0.1)
+    assert one.ask().status == 200
+    one = proxy(upstream(default=later(0.2, answer())), answer=0.1)
+    assert one.ask(stream=True).status == 200
+
+
+def test_an_upload_that_the_upstream_does_not_read_ends_at_the_timeout(upstream, proxy):
+    one = proxy(upstream(stalled_upload()), answer=0.15)
+    question = json.dumps({**QUESTION, "padding": "x" * 16 * MB}).encode()
+    began = time.monotonic()
+    assert one.ask(question=question).status == 504
+    assert time.monotonic() - began < 1
+    assert one.outcomes() == [["failure"]]
+
+
+def test_the_connect_timeout_does_not_bound_the_upload(upstream, proxy):
+    def reads_late(wire, request):
+        wire.pause(0.25)
+        whole(200, MESSAGE, headers=[("connection", "close")])(wire, request)
+        wire.drain()
+
+    one = proxy(upstream(BeforeBody(reads_late)), connect=0.1)
+    assert one.ask(question={**QUESTION, "padding": "x" * 16 * MB}).status == 200
+    assert one.outcomes() == [["success"]]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_second_timeout_ends_the_request(upstream, proxy, stream):
+    a, b, c = upstream(hang()), upstream(hang()), upstream()
+    one = proxy(a, b, c, first_byte=0.1, answer=0.1)
+    given = one.ask(stream)
+    assert (given.status, given.attempts, given.upstream) == (504, 2, None)
+    assert given.json()["error"]["type"] == "timeout_error"
+    assert seen(a, b, c) == [1, 1, 0]
+    assert one.outcomes() == [["failure"], ["failure"], []]
+
+
+def test_another_failure_between_two_timeouts_changes_nothing(upstream, proxy):
+    a, b, c, d = upstream(hang()), upstream(close_now()), upstream(hang()), upstream()
+    given = proxy(a, b, c, d, answer=0.1).ask()
+    assert (given.status, given.attempts) == (504, 3)
+    assert seen(d) == [0]
+
+
+def test_connect_timeouts_do_not_count_as_timeouts(upstream, proxy):
+    hanging, b = upstream(hang()), upstream()
+    with blackhole() as port:
+        dead = f"http://{HOST}:{port}"
+        one = proxy(dead, dead, dead, hanging, b, connect=0.08, answer=0.15)
+        given = one.ask()
+    assert (given.status, given.upstream, given.attempts) == (200, "e", 5)
+
+
+def test_after_connect_timeouts_alone_the_client_gets_a_502(proxy):
+    with blackhole() as port:
+        given = proxy(f"http://{HOST}:{port}", connect=0.08).ask()
+    assert (given.status, given.json()["error"]["type"]) == (502, "api_error")
+
+
+# -------------------------------------------------------------------------------------- errors of requests
+
+REFUSALS = [*((status, False) for status in (400, 403, 404, 405, 409, 413, 422, 451, 499)), (400, True)]
+
+
+@pytest.mark.parametrize(("status", "stream"), REFUSALS)
+def test_a_refused_request_is_charged_to_the_upstream_if_another_answers_it(upstream, proxy, status, stream):
+    a, b = upstream(error(status)), upstream()
+    one = proxy(a, b)
+    given = one.ask(stream)
+    assert (given.status, given.upstream, given.attempts) == (200, "b", 2)
+    assert one.outcomes() == [["failure"], ["success"]]
+
+
+@pytest.mark.parametrize(("status", "stream"), REFUSALS)
+def test_a_request_that_all_refuse_is_charged_to_nobody(upstream, proxy, status, stream):
+    a, b = upstream(error(status, message="from a")), upstream(error(status, message="from b"))
+    one = proxy(a, b)
+    given = one.ask(stream)
+    assert (given.status, given.upstream, given.attempts) == (status, "b", 2)
+    assert given.json()["error"]["message"] == "from b"
+    assert one.outcomes() == [["undecided"], ["undecided"]]
+
+
+def test_a_refusal_is_not_charged_when_the_others_fail_otherwise(upstream, proxy):
+    one = proxy(upstream(error(400)), upstream(error(500)), upstream(close_now()))
+    assert one.ask().status == 400
+    assert one.outcomes() == [["undecided"], ["failure"], ["failure"]]
+
+
+def test_a_refusal_is_charged_once_a_stream_is_committed_even_if_it_breaks_later(upstream, proxy):
+    a, b = upstream(error(400)), upstream(events([START, BLOCK], then="cut"))
+    one = proxy(a, b)
+    given = one.begin(stream=True)
+    assert one.outcomes() == [["failure"], []]
+    assert given.read().ending == "cut"
+    assert one.outcomes() == [["failure"], ["failure"]]
+
+
+def test_a_refusal_before_the_body_was_read_is_understood(upstream, proxy):
+    question = json.dumps({**QUESTION, "padding": "x" * 4 * MB}).encode()
+    given = proxy(upstream(early_refusal(413, drain=True))).ask(question=question)
+    assert (given.status, given.json()["error"]["type"]) == (413, "request_too_large")
+
+
+# ------------------------------------------------------------- errors inside answers that say 200
+
+ERROR_TYPES = [
+    ("invalid_request_error", 400),
+    ("authentication_error", 401),
+    ("billing_error", 402),
+    ("permission_error", 403),
+    ("not_found_error", 404),
+    ("conflict_error", 409),
+    ("request_too_large", 413),
+    ("rate_limit_error", 429),
+    ("api_error", 500),
+    ("timeout_error", 504),
+    ("overloaded_error", 529),
+    ("an_error_of_tomorrow", 500),
+]
+
+
+@pytest.mark.parametrize(("type_", "status"), ERROR_TYPES)
+def test_an_error_in_a_200_is_judged_and_told_as_the_status_of_its_type(upstream, proxy, type_, status):
+    body = json.dumps({"type": "error", "error": {"type": type_, "message": "no"}}).encode()
+    one = proxy(upstream(whole(200, body, headers=[("request-id", "req_theirs")])))
+    given = one.ask()
+    assert (given.status, given.body) == (status, body)
+    assert given.header("request-id") == "req_theirs"
+    about_the_request = status in (400, 403, 404, 409, 413)
+    assert one.outcomes() == [["undecided" if about_the_request else "failure"]]
+
+
+@pytest.mark.parametrize(("type_", "status"), ERROR_TYPES)
+def test_a_first_error_event_is_judged_and_told_as_the_status_of_its_type(upstream, proxy, type_, status):
+    data = json.dumps({"type": "error", "error": {"type": type_, "message": "no"}}).encode()
+    reply = events([START, b"event: error\ndata: " + data + b"\n\n"], headers=[("request-id", "req_theirs")])
+    one = proxy(upstream(reply))
+    given = one.ask(stream=True)
+    assert (given.status, given.body, given.ending) == (status, data, "end")
+    assert given.header("content-type") == "application/json"
+    assert given.header("request-id") == "req_theirs"
+    about_the_request = status in (400, 403, 404, 409, 413)
+    assert one.outcomes() == [["undecided" if about_the_request else "failure"]]
+
+
+def test_a_json_error_in_place_of_a_stream_is_told_as_the_status_of_its_type(upstream, proxy):
+    given = proxy(upstream(whole(200, b'{"error":{"type":"overloaded_error"}}'))).ask(stream=True)
+    assert (given.status, given.body) == (529, b'{"error":{"type":"overloaded_error"}}')
+
+
+@pytest.mark.parametrize("body", [b'{"id":"x","error":null}', b'{"type":"message","content":["error"]}'])
+def test_an_answer_is_not_taken_for_an_error_without_cause(upstream, proxy, body):
+    given = proxy(upstream(whole(200, body))).ask()
+    assert (given.status, given.body) == (200, body)
+
+
+# --------------------------------------------------------------------------------------- retry-after
+
+
+@pytest.mark.parametrize("status", [429, 503, 529])
+def test_an_upstream_that_says_when_to_come_back_rests_until_then_uncounted(upstream, proxy, clock, status):
+    a, b = upstream(error(status, headers=[("retry-after", "20")])), upstream()
+    one = proxy({"base_url": a, "weight": 9}, b, clock=clock, failures=1)
+    assert one.ask().upstream == "b"
+    assert one.outcomes("a") == [["rest 20"]]
+    clock.now += 19.9
+    assert one.ask().upstream == "b"
+    clock.now += 0.1
+    assert one.ask().upstream == "a"
+    assert one.breakers["a"].kinds == ["ordinary", "ordinary"]
+
+
+def test_an_http_date_is_as_good_as_seconds(upstream, proxy, clock):
+    date = format_datetime(datetime.now(UTC) + timedelta(seconds=31), usegmt=True)
+    a, b = upstream(error(429, headers=[("retry-after", date)])), upstream()
+    one = proxy({"base_url": a, "weight": 9}, b, clock=clock)
+    assert one.ask().upstream == "b"
+    clock.now += 28
+    assert one.ask().upstream == "b"
+    clock.now += 4
+    assert one.ask().upstream == "a"
+
+
+@pytest.mark.parametrize(
+    ("value", "rests"),
+    [
+        ("1e9", 60),
+        ("99999999999999999999999", 60),
+        ("1e999", 60),
+        ("Fri, 31 Dec 9999 23:59:59 GMT", 60),
+        ("0.5", 0.5),
+        ("0", 0),
+        ("-5", 0),
+        ("Thu, 01 Jan 1970 00:00:00 GMT", 0),
+    ],
+)
+def test_it_rests_no_longer_than_the_cooldown_and_no_shorter_than_not_at_all(
+    upstream, proxy, clock, value, rests
+):
+    a, b = upstream(error(429, headers=[("retry-after", value)])), upstream()
+    one = proxy({"base_url": a, "weight": 9}, b, clock=clock, cooldown=60, failures=1)
+    assert one.ask().upstream == "b"
+    if rests:
+        clock.now += rests - 0.1
+        assert one.ask().upstream == "b"
+        clock.now += 0.2
+    assert one.ask().upstream == "a"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "soon",
+        "",
+        "nan",
+        "20 seconds",
+        "Mon, 32 Foo 2026 99:99:99 GMT",
+        "Fri, 31 Dec 99999 23:59:59 GMT",
+        "Mon, 01 Jan 2026 00:00:00 +99999999999999999999",
+        "Mon, 01 Jan 2026 00:00:00 -0000000000099999999999",
+        "9" * 5000 + "x",
+    ],
+)
+def test_a_retry_after_that_makes_no_sense_is_none(upstream, proxy, value):
+    a, b = upstream(error(429, headers=[("retry-after", value)])), upstream()
+    one = proxy(a, b)
+    assert one.ask().upstream == "b"
+    assert one.outcomes() == [["failure"], ["success"]]
+
+
+@pytest.mark.parametrize("status", [401, 408, 500, 502, 504])
+def test_other_statuses_count_whatever_their_retry_after(upstream, proxy, status):
+    one = proxy(upstream(error(status, headers=[("retry-after", "20")])), upstream())
+    assert one.ask().upstream == "b"
+    assert one.outcomes() == [["failure"], ["success"]]
+
+
+def test_an_error_event_of_a_stream_with_a_retry_after_makes_it_rest(upstream, proxy, clock):
+    reply = events([START, error_event("rate_limit_error")], headers=[("retry-after", "20")])
+    one = proxy(upstream(reply), upstream(), clock=clock)
+    assert one.ask(stream=True).upstream == "b"
+    assert one.outcomes() == [["rest 20"], ["success"]]
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        (("30", "5", "17"), "5"),
+        (("5", "30"), "5"),
+        (("30", "0.5"), "0.5"),
+        (("30", None), None),
+        (("Fri, 31 Dec 9999 23:59:59 GMT", "30"), "30"),
+        (("30", "Fri, 31 Dec 9999 23:59:59 GMT"), "30"),
+        (("30", "soon"), "30"),
+    ],
+)
+def test_the_client_is_told_the_smallest_retry_after(upstream, proxy, values, told):
+    replies = [error(429, headers=[("retry-after", value)]) for value in values]
+    given = proxy(*map(upstream, replies)).ask()
+    assert given.status == 429
+    assert given.header("retry-after") == told
+
+
+def test_a_retry_after_in_milliseconds_does_not_contradict_the_one_told(upstream, proxy):
+    long = [("retry-after", "30"), ("retry-after-ms", "30000")]
+    short = [("retry-after", "5")]
+    given = proxy(*(upstream(error(429, headers=headers)) for headers in (short, long))).ask()
+    assert (given.header("retry-after"), given.header("retry-after-ms")) == ("5", None)
+
+
+# ------------------------------------------------------------------------ the circuit and the last resort
+
+
+def test_three_failures_in_a_row_open_the_circuit_and_a_trial_closes_it(upstream, proxy, clock):
+    a, b = upstream(*[close_now()] * 3), upstream()
+    one = proxy({"base_url": a, "weight": 9}, b, clock=clock)
+    assert [one.ask().upstream for _ in range(6)] == ["b"] * 6
+    assert seen(a) == [3]
+    clock.now += 60
+    assert [one.ask().upstream for _ in range(3)] == ["a"] * 3
+    assert one.breakers["a"].kinds == ["ordinary"] * 3 + ["trial"] + ["ordinary"] * 2
+
+
+def test_a_failed_trial_opens_it_again(upstream, proxy, clock):
+    a, b = upstream(close_now(), error(500)), upstream()
+    one = proxy({"base_url": a, "weight": 9}, b, clock=clock, failures=1)
+    one.ask()
+    clock.now += 60
+    assert [one.ask().upstream for _ in range(3)] == ["b"] * 3
+    assert seen(a) == [2]
+
+
+def test_a_refused_trial_is_undecided_and_the_next_request_is_one_too(upstream, proxy, clock):
+    a = upstream(close_now(), error(400), error(400))
+    one = proxy(a, clock=clock, failures=1)
+    assert one.ask().status == 502
+    clock.now += 60
+    assert [one.ask().status, one.ask().status, one.ask().status] == [400, 400, 200]
+    assert one.breakers["a"].kinds == ["ordinary", "trial", "trial", "trial"]
+    assert one.outcomes() == [["failure", "undecided", "undecided", "success"]]
+
+
+def noting(list_, name, reply):
+    """The reply, which first notes that it was asked for."""
+
+    def noted(wire, request):
+        list_.append(name)
+        reply(wire, request)
+
+    return noted
+
+
+@pytest.fixture
+def three_open(upstream, proxy, clock):
+    """Three upstreams whose circuits are open, due in the order c, a, b; the list of who was asked since."""
+    asked = []
+    fakes = {name: upstream(default=noting(asked, name, close_now())) for name in "abc"}
+    one = proxy(
+        *({"base_url": fake, "available_models": {name, "claude-x"}} for name, fake in fakes.items()),
+        clock=clock,
+        failures=1,
+    )
+    for name in "cab":
+        assert one.ask(question={**QUESTION, "model": name}).status == 502
+        clock.now += 1
+    asked.clear()
+    return one, fakes, asked
+
+
+def test_open_upstreams_are_the_last_resort_the_one_due_soonest_first(three_open):
+    one, _, asked = three_open
+    given = one.ask()
+    assert (given.status, given.attempts, asked) == (502, 3, ["c", "a", "b"])
+    assert [breaker.kinds[-1] for breaker in one.breakers.values()] == ["last_resort"] * 3
+
+
+def test_a_success_as_the_last_resort_closes_the_circuit(three_open):
+    one, fakes, asked = three_open
+    fakes["a"].script(answer())
+    assert one.ask().upstream == "a"
+    assert asked == ["c"]
+    assert one.breakers["a"].usable()
+    assert not one.breakers["c"].usable()
+
+
+def test_a_stream_as_the_last_resort_closes_the_circuit_at_its_commit_point(three_open):
+    one, fakes, _ = three_open
+    fakes["c"].script(events([START, BLOCK], then="hang"))
+    given = one.begin(stream=True)
+    assert given.upstream == "c"
+    assert one.breakers["c"].usable()
+    given.leave()
+
+
+def test_a_failure_as_the_last_resort_changes_nothing(three_open, clock):
+    one, _, asked = three_open
+    for _ in range(5):
+        assert one.ask().status == 502
+    clock.now += 57  # 60 after c was opened
+    asked.clear()
+    assert one.ask().status == 502
+    assert asked == ["c", "a", "b"]
+    assert [breaker.kinds[-1] for breaker in one.breakers.values()] == ["last_resort", "last_resort", "trial"]
+
+
+@pytest.fixture
+def a_open(upstream, proxy):
+    """Upstream a, whose circuit is open though it would answer, beside b of these replies."""
+
+    def start(*replies):
+        a = upstream(close_now())
+        others = [{"base_url": upstream(reply), "available_models": {"claude-x"}} for reply in replies]
+        one = proxy(a, *others, failures=1, answer=0.15)
+        assert one.ask(question={**QUESTION, "model": "only-a"}).status == 502
+        return one
+
+    return start
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        close_now(),
+        error(500),
+        error(401),
+        error(429, headers=[("retry-after", "9")]),
+        whole(200, b"no"),
+        hang(),
+    ],
+)
+def test_the_last_resort_comes_after_failures(a_open, reply):
+    given = a_open(reply).ask()
+    assert (given.status, given.upstream, given.attempts) == (200, "a", 2)
+
+
+def test_the_last_resort_does_not_come_after_a_second_timeout(a_open):
+    given = a_open(hang(), hang()).ask()
+    assert (given.status, given.attempts) == (504, 2)
+
+
+@pytest.mark.parametrize("status", [400, 404, 413, 422])
+def test_there_is_no_last_resort_after_an_error_about_the_request(a_open, status):
+    given = a_open(error(status), close_now()).ask()
+    assert (given.status, given.upstream, given.attempts) == (status, "b", 2)
+
+
+def test_a_resting_upstream_is_a_last_resort_too(upstream, proxy, clock):
+    a = upstream(error(529, headers=[("retry-after", "50")]))
+    one = proxy(a, clock=clock)
+    assert one.ask().status == 529
+    assert one.ask().status == 200
+    assert one.breakers["a"].usable()
+
+
+def test_an_outage_of_all_does_not_outlast_itself(upstream, proxy, clock):
+    a, b = upstream(*[close_now()] * 9), upstream(*[reset_now()] * 9)
+    one = proxy(a, b, clock=clock, cooldown=1800.0)
+    assert [one.ask().status for _ in range(9)] == [502] * 9
+    assert [one.ask().status for _ in range(4)] == [200] * 4
+
+
+def test_one_trial_at_a_time_and_the_others_go_elsewhere(upstream, proxy, clock):
+    gate = threading.Event()
+    a, b = upstream(close_now(), later(gate, answer())), upstream()
+    one = proxy({"base_url": a, "weight": 9}, b, clock=clock, failures=1)
+    one.ask()
+    clock.now += 60
+    given = []
+    trial = threading.Thread(target=lambda: given.append(one.ask()))
+    trial.start()
+    a.wait_for(2)
+    assert [one.ask().upstream for _ in range(3)] == ["b"] * 3
+    gate.set()
+    trial.join(5)
+    assert given[0].upstream == "a"
+    assert one.ask().upstream == "a"
+
+
+def test_a_trial_that_streams_is_settled_at_its_commit_point_and_its_break_is_one_failure(
+    upstream, proxy, clock
+):
+    gate = threading.Event()
+    a, b = upstream(close_now(), close_now(), events([START, BLOCK, gate], then="cut")), upstream()
+    one = proxy({"base_url": a, "weight": 9}, b, clock=clock, failures=2)
+    assert [one.ask().upstream, one.ask().upstream] == ["b", "b"]
+    clock.now += 60
+    given = one.begin(stream=True)
+    assert (given.upstream, one.breakers["a"].kinds[-1]) == ("a", "trial")
+    assert one.outcomes("a") == [["failure", "failure", "committed"]]
+    assert one.ask().upstream == "a"
+    gate.set()
+    assert given.read().ending == "cut"
+    assert one.outcomes("a") == [["failure", "failure", "committed", "success", "failure"]]
+    assert one.breakers["a"].usable()
+
+
+def test_a_trial_whose_client_leaves_after_the_commit_point_has_closed_the_circuit(upstream, proxy, clock):
+    a = upstream(close_now(), events([START, BLOCK], then="hang"))
+    one = proxy(a, clock=clock, failures=1)
+    one.ask()
+    clock.now += 60
+    one.begin(stream=True).leave()
+    assert one.outcomes() == [["failure", "committed", "undecided"]]
+    assert one.breakers["a"].usable()
+
+
+def test_weights_hold_while_an_upstream_is_down(upstream, proxy):
+    a, b, c = upstream(), upstream(), upstream(default=close_now())
+    one = proxy({"base_url": a, "weight": 3}, b, {"base_url": c, "weight": 2}, failures=10**6)
+    assert [one.ask().status for _ in range(24)] == [200] * 24
+    assert seen(a, b) == [18, 6]
+
+
+# ------------------------------------------------------------------------------------ the final answer
+
+SAID = {
+    "closed": close_now(),
+    "html": whole(200, b"<p>", content_type="text/html"),
+    "silent": hang(),
+    **{status: error(status) for status in (400, 401, 402, 403, 404, 422, 429, 500, 503, 529)},
+}
+
+
+@pytest.mark.parametrize(
+    ("said", "status", "name"),
+    [
+        ([400, 529], 400, "a"),
+        ([529, 400], 400, "b"),
+        ([404, 400], 400, "b"),
+        ([400, 404], 404, "b"),
+        ([422, 401, "closed"], 422, "a"),
+        ([401, 529], 529, "b"),
+        ([529, 401], 529, "a"),
+        ([500, 529], 529, "b"),
+        ([429, 503, "closed"], 503, "b"),
+        ([401, 402], 402, "b"),
+        ([402, 403, 401], 401, "c"),
+        ([403, 402], 402, "b"),
+        ([401, 403], 403, "b"),
+        ([403, 400], 400, "b"),
+        ([403, 429], 429, "b"),
+        ([401, "closed"], 401, "a"),
+        (["closed", 500], 500, "b"),
+        (["silent", 500], 500, "b"),
+        ([500, "silent"], 500, "a"),
+        ([500, "silent", "silent"], 500, "a"),
+        (["silent", 401, "html"], 401, "b"),
+    ],
+)
+def test_when_all_fail_the_client_gets_the_error_that_helps_it_most(upstream, proxy, said, status, name):
+    given = proxy(*(upstream(SAID[one]) for one in said), answer=0.06).ask()
+    assert (given.status, given.upstream, given.attempts) == (status, name, len(said))
+
+
+@pytest.mark.parametrize(
+    ("said", "status", "type_"),
+    [
+        (["closed"], 502, "api_error"),
+        (["html"], 502, "api_error"),
+        (["closed", "html"], 502, "api_error"),
+        (["silent"], 504, "timeout_error"),
+        (["silent", "closed"], 504, "timeout_error"),
+        (["html", "silent"], 504, "timeout_error"),
+    ],
+)
+def test_when_no_upstream_answered_at_all_the_error_is_our_own(upstream, proxy, said, status, type_):
+    given = proxy(*(upstream(SAID[one]) for one in said), answer=0.1).ask()
+    assert (given.status, given.json()["error"]["type"]) == (status, type_)
+    assert (given.upstream, given.attempts) == (None, len(said))
+    assert given.header("content-type") == "application/json"
+    assert given.json()["request_id"] == given.header("request-id")
+
+
+def test_an_upstream_s_error_comes_back_verbatim(upstream, proxy):
+    body = b'{"type":"error", "error":{"type":"invalid_request_error","message":"\\u00e9 \xc3\xa9  "}}\n'
+    headers = [
+        ("request-id", "req_1"),
+        ("x-should-retry", "false"),
+        ("anthropic-ratelimit-tokens-reset", "2026-11-22T00:00:00Z"),
+        ("content-type", "application/json; charset=utf-8"),
+        ("set-cookie", "a=b"),
+        ("server", "cloudflare"),
+        ("x-aiproxy-upstream", "another proxy's"),
+    ]
+    given = proxy(upstream(whole(422, body, headers=headers))).ask()
+    assert (given.status, given.body) == (422, body)
+    length = ("content-length", str(len(body)))
+    ours = [("x-aiproxy-upstream", "a"), ("x-aiproxy-attempts", "1")]
+    assert sorted(given.headers) == sorted([*headers[:4], length, *ours])
+
+
+@pytest.mark.parametrize("body", [b"", b"<h1>Bad gateway</h1>", b"\xff\x00"])
+def test_an_error_body_of_another_shape_comes_back_as_it_is(upstream, proxy, body):
+    given = proxy(upstream(whole(502, body, content_type="text/html"))).ask()
+    assert (given.status, given.body, given.header("content-type")) == (502, body, "text/html")
+
+
+def test_an_upstream_s_token_does_not_come_back_in_its_error(upstream, proxy):
+    given = proxy(upstream(error(401, message="invalid key sk-test-a"))).ask()
+    assert b"sk-test-a" not in given.body
+    assert given.header("content-length") == str(len(given.body))
+
+
+def test_our_own_errors_name_no_upstream_address(upstream, proxy):
+    a = upstream(close_now())
+    given = proxy(a, f"http://{HOST}:{dead_port()}", "http://name.invalid").ask()
+    assert given.status == 502
+    assert not any(part in given.body for part in (HOST.encode(), str(a.port).encode(), b"name.invalid"))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("reply", [answer(), error(400)])
+def test_a_request_id_is_added_only_where_there_is_none(upstream, proxy, reply, stream):
+    assert proxy(upstream(reply)).ask(stream).header("request-id").startswith("req_fake")
+    bare = events(message_events()) if stream else whole(200, MESSAGE)
+    assert proxy(upstream(bare)).ask(stream).header("request-id").startswith("req_")
+
+
+# -------------------------------------------------------------------------------- sizes and encodings
+
+
+def pouring(head, piece, times):
+    """A head, then one piece so many times, made while it is sent."""
+
+    def reply(wire, request):
+        wire.send(b"HTTP/1.1 " + head + b"\r\n\r\n")
+        for _ in range(times):
+            wire.send(piece)
+
+    return reply
+
+
+JSON_200 = b"200 OK\r\ncontent-type: application/json\r\n"
+EVENTS_200 = b"200 OK\r\ncontent-type: text/event-stream\r\n"
+
+
+def test_an_answer_of_64_mb_passes_and_a_larger_one_is_a_fault(upstream, proxy):
+    fill = b'{"a":"' + b"x" * (MB - 6)
+    sizes = {"b": 64 * MB, "a": 64 * MB + 1}
+
+    def sized(size):
+        def reply(wire, request):
+            wire.send(b"HTTP/1.1 " + JSON_200 + b"content-length: %d\r\n\r\n" % size + fill)
+            piece = b"x" * MB
+            for _ in range(62):
+                wire.send(piece)
+            wire.send(b"x" * (size - 63 * MB - 2) + b'"}')
+
+        return reply
+
+    one = proxy(upstream(sized(sizes["a"])), upstream(sized(sizes["b"])))
+    given = one.ask()
+    assert (given.upstream, len(given.body)) == ("b", sizes["b"])
+    assert one.outcomes() == [["failure"], ["success"]]
+
+
+@pytest.mark.parametrize("status", [b"400 Bad", b"529 Overloaded"])
+def test_an_error_body_over_16_mb_is_a_fault_and_no_error(upstream, proxy, status):
+    head = status + b"\r\ncontent-type: application/json\r\ncontent-length: %d" % (17 * MB)
+    one = proxy(upstream(pouring(head, b"x" * MB, 17)))
+    assert one.ask().status == 502
+    assert one.outcomes() == [["failure"]]
+
+
+def test_an_error_body_of_16_mb_passes(upstream, proxy):
+    head = b"400 Bad\r\ncontent-type: application/json\r\ncontent-length: %d" % (16 * MB)
+    given = proxy(upstream(pouring(head, b"x" * MB, 16))).ask()
+    assert (given.status, len(given.body)) == (400, 16 * MB)
+
+
+def test_what_comes_before_the_first_content_is_bounded(upstream, proxy):
+    comment = b":" + b"x" * (MB - 3) + b"\n\n"
+    one = proxy(upstream(pouring(EVENTS_200, comment, 70)), upstream())
+    assert one.ask(stream=True).upstream == "b"
+    assert one.outcomes() == [["failure"], ["success"]]
+
+
+def test_a_zip_bomb_is_a_fault(upstream, proxy):
+    bomb = gzip.compress(b"{") + gzip.compress(b" " * MB) * 65 + gzip.compress(b"}")
+    one = proxy(upstream(whole(200, bomb, headers=[("content-encoding", "gzip")])), upstream())
+    assert one.ask().upstream == "b"
+    assert one.outcomes() == [["failure"], ["success"]]
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "GZIP", "x-gzip", "deflate"])
+def test_an_answer_that_is_compressed_unasked_is_read_all_the_same(upstream, proxy, encoding):
+    packed = zlib.compress(MESSAGE) if encoding == "deflate" else gzip.compress(MESSAGE)
+    given = proxy(upstream(whole(200, packed, headers=[("content-encoding", encoding)]))).ask()
+    assert (given.status, given.body) == (200, MESSAGE)
+    assert given.header("content-encoding") is None
+    assert given.header("content-length") == str(len(MESSAGE))
+
+
+@pytest.mark.parametrize("encoding", ["identity", ""])
+def test_an_answer_in_no_encoding_may_say_so(upstream, proxy, encoding):
+    given = proxy(upstream(whole(200, MESSAGE, headers=[("content-encoding", encoding)]))).ask()
+    assert (given.status, given.body) == (200, MESSAGE)
+
+
+def test_an_error_that_is_compressed_is_told_in_clear(upstream, proxy):
+    given = proxy(upstream(gzipped(b'{"error":{"type":"x"}}', status=400))).ask()
+    assert (given.status, given.body) == (400, b'{"error":{"type":"x"}}')
+    assert given.header("content-encoding") is None
+
+
+# --------------------------------------------------------------------------------------- bugs of ours
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_bug_of_ours_is_a_500_that_no_upstream_is_charged_for(upstream, proxy, monkeypatch, stream):
+    a, b = upstream(), upstream()
+    one = proxy(a, b)
+    monkeypatch.setattr("aiproxy.attempt.to_client", lambda *_: 1 / 0)
+    given = one.ask(stream)
+    assert (given.status, given.json()["error"]["type"]) == (500, "api_error")
+    assert seen(a, b) == [1, 0]
+    assert "success" not in one.outcomes("b")[0]
+    assert "failure" not in one.outcomes("a")[0]
+    if stream:
+        a.wait_left()
+
+
+def test_a_bug_of_ours_gives_a_trial_back(upstream, proxy, clock, monkeypatch):
+    one = proxy(upstream(close_now()), clock=clock, failures=1)
+    one.ask()
+    clock.now += 60
+    with monkeypatch.context() as broken:
+        broken.setattr("aiproxy.attempt.members", lambda *_: 1 / 0)
+        assert one.ask().status == 500
+    assert one.breakers["a"].kinds == ["ordinary", "trial"]
+    assert one.ask().status == 200
+
+
+def test_a_bug_of_ours_after_a_refusal_charges_nobody(upstream, proxy, monkeypatch):
+    one = proxy(upstream(error(400)), upstream())
+    with monkeypatch.context() as broken:
+        broken.setattr("aiproxy.attempt.members", lambda *_: 1 / 0)
+        assert one.ask().status == 500
+    assert one.outcomes() == [["undecided"], ["undecided"]]
+
+
+# ------------------------------------------------------------------------------------------ all at once
+
+
+def test_many_requests_at_once_settle_every_permit_and_get_their_own_answers(upstream, proxy):
+    def echo(wire, request):
+        text = request.json()["messages"][0]["content"]
+        answer(text)(wire, request)
+
+    resting = error(429, headers=[("retry-after", "0")])
+    turns = itertools.cycle([echo, close_now(), echo, error(500), echo, resting])
+    lock = threading.Lock()
+
+    def moody(wire, request):
+        with lock:
+            reply = next(turns)
+        reply(wire, request)
+
+    upstreams = [upstream(default=reply) for reply in (moody, moody, echo)]
+    one = proxy(*upstreams, failures=4, cooldown=0.01)
+    wrong = []
+
+    def client(n):
+        for k in range(20):
+            question = {**QUESTION, "messages": [{"role": "user", "content": f"{n}/{k}"}]}
+            given = one.ask(stream=k % 2 == 0, question=question)
+            if given.status != 200 or f"{n}/{k}" not in _text(given):
+                wrong.append((given.status, given.body))
+
+    threads = [threading.Thread(target=client, args=(n,)) for n in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert wrong == []
+
+
+def _text(given):
+    if given.header("content-type") == "application/json":
+        return given.json()["content"][0]["text"]
+    deltas = [line for line in given.body.splitlines() if b"text_delta" in line]
+    return "".join(json.loads(line.removeprefix(b"data: "))["delta"]["text"] for line in deltas)

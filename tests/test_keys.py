@@ -1,0 +1,396 @@
+"""Client keys: who is let in, what the log says of them, where they never go, and starts without any."""
+
+import base64
+import hmac
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fakes import RawClient, answer, error, free_port
+
+from aiproxy.app import create_app
+from aiproxy.config import ClientKey, Config, UpstreamSettings, load
+
+# In no form that looks like a key to those who do not know it.
+ALICE, BOB = "alice.8f3kd92mm1xw", 'b"ob\\77xk20dk1ss'
+KEYS = (ClientKey("alice", ALICE), ClientKey("bob", BOB))
+MODEL = "claude-x"
+
+
+def client_of(upstream, keys=KEYS, auth="x-api-key", models=(), **settings):
+    listed = UpstreamSettings(
+        name="a",
+        base_url=upstream.url,
+        token="sk-test-upstream",
+        auth=auth,
+        available_models=frozenset(models),
+    )
+    return create_app(Config(upstreams=(listed,), api_keys=keys, **settings)).test_client()
+
+
+def ask(client, headers, prompt="Hi", path="/v1/messages", model=MODEL):
+    body = {"model": model, "max_tokens": 9, "messages": [{"role": "user", "content": prompt}]}
+    return client.post(path, json=body, headers=headers, buffered=True)
+
+
+def bearer(key, scheme="Bearer"):
+    return ("authorization", f"{scheme} {key}")
+
+
+def x_api_key(key):
+    return ("x-api-key", key)
+
+
+def values_of(seen):
+    return "\n".join(value for _, value in seen.headers)
+
+
+# ------------------------------------------------------------------------------------- who is let in
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [x_api_key(ALICE)],
+        [x_api_key(f"  {ALICE} ")],
+        [bearer(ALICE)],
+        [bearer(ALICE, "bearer")],
+        [bearer(ALICE, "BEARER")],
+        [bearer(ALICE, "bEaReR")],
+        [bearer(f"  {ALICE} ")],
+        [x_api_key(ALICE), bearer("sk-ant-foreign")],
+        [x_api_key("sk-ant-foreign"), bearer(ALICE)],
+        [x_api_key(ALICE), bearer(ALICE)],
+        [x_api_key(""), bearer(ALICE)],
+        [x_api_key(ALICE), ("authorization", "Basic Zm9vOmJhcg==")],
+    ],
+)
+def test_a_good_key_is_let_in_whatever_stands_beside_it(upstream, headers):
+    assert ask(client_of(upstream()), headers).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [],
+        [x_api_key("")],
+        [x_api_key("   ")],
+        [bearer("")],
+        [("authorization", "Bearer")],
+        [("authorization", "")],
+        [x_api_key("wrong")],
+        [bearer("wrong")],
+        [x_api_key(ALICE[:-1])],
+        [x_api_key(ALICE + "x")],
+        [x_api_key(ALICE.upper())],
+        [x_api_key("alice")],
+        [x_api_key(f"{ALICE},{BOB}")],
+        [x_api_key("wrong"), bearer("wrong too")],
+        [("authorization", "Basic " + base64.b64encode(f"alice:{ALICE}".encode()).decode())],
+        [("authorization", f"Basic {ALICE}")],
+        [("cookie", f"x-api-key={ALICE}")],
+        [("x-goog-api-key", ALICE)],
+        [x_api_key("schlüssel")],
+        [bearer("\xff\xfe")],
+    ],
+)
+def test_without_a_good_key_it_is_the_api_s_401_and_no_upstream_is_asked(upstream, headers):
+    fake = upstream()
+    reply = ask(client_of(fake), headers)
+    assert reply.status_code == 401
+    assert reply.content_type == "application/json"
+    told = reply.get_json()
+    assert told["type"] == "error"
+    assert told["error"]["type"] == "authentication_error"
+    assert told["error"]["message"]
+    assert told["request_id"] == reply.headers["request-id"]
+    assert fake.connections == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/v1/messages"),
+        ("POST", "/v1/messages?beta=true"),
+        ("POST", "/v1/messages/count_tokens"),
+        ("GET", "/v1/models"),
+        ("GET", f"/v1/models/{MODEL}"),
+    ],
+)
+@pytest.mark.parametrize("models", [(), (MODEL,)])
+def test_every_endpoint_wants_a_key(upstream, method, path, models):
+    fake = upstream()
+    client = client_of(fake, models=models)
+    body = {"json": {"model": MODEL, "messages": []}} if method == "POST" else {}
+    assert client.open(path, method=method, buffered=True, **body).status_code == 401
+    assert fake.connections == 0
+    assert client.open(path, method=method, headers=[bearer(BOB)], buffered=True, **body).status_code == 200
+
+
+def test_keys_are_given_as_strings_or_with_names(upstream, tmp_path, config_of, capsys):
+    path = tmp_path / "config.yaml"
+    keys = ["first-key-0123", {"name": "carol", "key": "third-key-4567"}]
+    path.write_text(json.dumps(config_of([upstream()], api_keys=keys)))
+    client = create_app(load(path)).test_client()
+    assert ask(client, [x_api_key("first-key-0123")]).status_code == 200
+    assert ask(client, [x_api_key("third-key-4567")]).status_code == 200
+    assert ask(client, [x_api_key("carol")]).status_code == 401
+    lines = [line for line in capsys.readouterr().out.splitlines() if " request " in line]
+    assert ["client=key-1" in lines[0], "client=carol" in lines[1]] == [True, True]
+
+
+def test_without_keys_everyone_is_let_in(upstream):
+    client = client_of(upstream(), keys=())
+    assert ask(client, []).status_code == 200
+    assert ask(client, [x_api_key("anything")]).status_code == 200
+
+
+@pytest.mark.parametrize("key", [ALICE, BOB, "wrong", "schlüssel"])
+def test_each_key_is_compared_whichever_fits(upstream, monkeypatch, key):
+    client = client_of(upstream())
+    compared, compare = [], hmac.compare_digest
+
+    def counting(a, b):
+        compared.append((a, b))
+        return compare(a, b)
+
+    monkeypatch.setattr(hmac, "compare_digest", counting)
+    ask(client, [x_api_key(key)])
+    assert len(compared) == len(KEYS)
+    assert len({len(part) for pair in compared for part in pair}) == 1, "lengths tell nothing"
+
+
+@pytest.mark.parametrize(("key", "says", "status"), [("wrong", True, 200), (ALICE, False, 401)])
+def test_compare_digest_alone_decides(upstream, monkeypatch, key, says, status):
+    client = client_of(upstream())
+    monkeypatch.setattr(hmac, "compare_digest", lambda a, b: says)
+    assert ask(client, [x_api_key(key)]).status_code == status
+
+
+# ---------------------------------------------------------------------- the log, upstreams and clients
+
+
+@pytest.mark.parametrize(("name", "key"), [("alice", ALICE), ("bob", BOB)])
+@pytest.mark.parametrize("form", [x_api_key, bearer])
+def test_the_log_has_the_key_s_name_and_never_the_key(upstream, capsys, name, key, form):
+    ask(client_of(upstream()), [form(key)])
+    said = capsys.readouterr().out
+    assert f"client={name} " in said
+    assert_unsaid(said, key)
+
+
+@pytest.mark.parametrize("key", [ALICE, BOB])
+@pytest.mark.parametrize("asking", [ALICE, BOB])
+def test_a_key_in_the_prompt_is_not_logged_whoever_asks(upstream, capsys, key, asking):
+    ask(client_of(upstream()), [x_api_key(asking)], prompt=f"my key is {key}, keep it")
+    said = capsys.readouterr().out
+    assert "my key is [redacted], keep it" in said
+    assert_unsaid(said, key)
+
+
+def test_the_beginning_of_a_key_at_the_preview_s_end_is_not_logged(upstream, capsys):
+    client = client_of(upstream())
+    for room in range(1, len(ALICE) + 1):
+        ask(client, [x_api_key(ALICE)], prompt="." * (100 - room) + ALICE)
+    said = capsys.readouterr().out
+    assert said.count(" request ") == len(ALICE)
+    assert ".a" not in said
+
+
+@pytest.mark.parametrize("key", [ALICE, BOB])
+@pytest.mark.parametrize("status", [400, 500])
+def test_a_key_in_an_upstream_s_error_is_not_logged(upstream, capsys, key, status):
+    ask(client_of(upstream(error(status, message=f"what is {key}?"))), [bearer(key)])
+    said = capsys.readouterr().out
+    assert "what is [redacted]?" in said
+    assert_unsaid(said, key)
+
+
+@pytest.mark.parametrize("where", ["model", "path", "unknown path"])
+def test_a_key_in_the_wrong_place_is_not_logged(upstream, capsys, where):
+    client = client_of(upstream(), models=[MODEL] if where == "path" else ())
+    if where == "model":
+        ask(client, [x_api_key(ALICE)], model=ALICE)
+    else:
+        client.get(f"/v1/{'models' if where == 'path' else 'other'}/{ALICE}", headers=[x_api_key(ALICE)])
+    said = capsys.readouterr().out
+    assert "id=req_" in said
+    assert ALICE not in said
+
+
+@pytest.mark.parametrize("headers", [[x_api_key("wrong-key-1234")], [bearer("wrong-key-1234", "bearer")]])
+def test_a_wrong_key_is_refused_in_one_line_that_does_not_show_it(upstream, capsys, headers):
+    ask(client_of(upstream()), headers, prompt="secret prompt")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1
+    assert " refused " in lines[0]
+    assert "status=401" in lines[0]
+    assert "wrong-key-1234" not in lines[0]
+    assert "secret prompt" not in lines[0]
+
+
+def assert_unsaid(said, key):
+    """Neither as it is nor as JSON or a log value spells it."""
+    forms = [key]
+    for _ in range(3):
+        forms.append(json.dumps(forms[-1])[1:-1])
+    assert [form for form in forms if form in said] == []
+
+
+@pytest.mark.parametrize("auth", ["x-api-key", "bearer"])
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [x_api_key(ALICE)],
+        [bearer(ALICE)],
+        [x_api_key(ALICE), bearer("sk-ant-foreign")],
+        [x_api_key("sk-ant-foreign"), bearer(ALICE, "bearer")],
+        [x_api_key(ALICE), ("proxy-authorization", f"Bearer {ALICE}"), ("cookie", f"key={ALICE}")],
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens", "/v1/models"])
+def test_the_client_s_key_never_reaches_an_upstream(upstream, auth, headers, path):
+    fake = upstream()
+    client = client_of(fake, auth=auth)
+    reply = client.get(path, headers=headers) if path == "/v1/models" else ask(client, headers, path=path)
+    assert reply.status_code == 200
+    [seen] = fake.seen
+    assert ALICE not in values_of(seen) + seen.target + seen.body.decode()
+    assert "sk-ant-foreign" not in values_of(seen)
+    token = "sk-test-upstream"
+    expected = ([token], []) if auth == "x-api-key" else ([], [f"Bearer {token}"])
+    assert (seen.every("x-api-key"), seen.every("authorization")) == expected
+
+
+def test_an_upstream_s_error_reaches_the_client_byte_for_byte_though_a_key_s_text_is_in_it(upstream):
+    # Clients branch on an error's text, and a team's key may be a word that is in it.
+    message = "model: claude-x is no Anthropic model; try another"
+    client = client_of(
+        upstream(error(404, message=message, headers=[("request-id", "r")])),
+        keys=(ClientKey("dev", "claude"), ClientKey("ops", "another")),
+    )
+    reply = ask(client, [x_api_key("claude")])
+    told = {"type": "not_found_error", "message": message}
+    assert json.loads(reply.data) == {"type": "error", "error": told, "request_id": "r"}
+
+
+def test_a_key_in_an_answer_passes_unchanged(upstream):
+    reply = ask(client_of(upstream(answer(f"Your key is {ALICE}."))), [x_api_key(ALICE)])
+    assert reply.get_json()["content"][0]["text"] == f"Your key is {ALICE}."
+
+
+# -------------------------------------------------------------------------------------- on the wire
+
+
+def _memory(served, field):
+    """Kilobytes of the worker's memory."""
+    pid = served.process.pid
+    worker = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0]
+    lines = Path(f"/proc/{worker}/status").read_text().splitlines()
+    return worker, int(next(line.split()[1] for line in lines if line.startswith(f"{field}:")))
+
+
+def test_a_large_upload_with_a_wrong_key_sees_its_401_and_is_not_kept(upstream, serve, config_of):
+    fake = upstream()
+    served = serve(config_of([fake], api_keys=[ALICE]))
+    with RawClient.to(served.url) as client:
+        client.post(b"{}", headers=[x_api_key("wrong")])
+        assert client.read().status == 401
+    worker, before = _memory(served, "VmRSS")
+    Path(f"/proc/{worker}/clear_refs").write_text("5")  # the peak starts anew
+    body = b'{"model": "claude-x", "padding": "' + b"x" * (30 << 20) + b'"}'
+    with RawClient.to(served.url) as client:
+        client.post(body, headers=[x_api_key("wrong")])
+        refused = client.read()
+    assert (refused.status, refused.ending) == (401, "end")
+    assert refused.json()["error"]["type"] == "authentication_error"
+    assert _memory(served, "VmHWM")[1] - before < 8 << 10
+    with RawClient.to(served.url) as client:
+        client.request("POST", "/v1/messages", body, [x_api_key("wrong")], chunked=True)
+        assert client.read().status == 401
+    with RawClient.to(served.url) as client:
+        client.post({"model": MODEL}, headers=[("AUTHORIZATION", f"BEARER {ALICE}")])
+        assert client.read().status == 200
+        for foreign in ("schl\xfcssel", "\xff\xfe"):
+            client.post({"model": MODEL}, headers=[x_api_key(foreign)])
+            assert client.read().status == 401
+    assert len(fake.seen) == 1
+    assert ALICE not in "\n".join([*served.stdout_lines(), served.stderr])
+
+
+# -------------------------------------------------------------------------------- starts without keys
+
+
+def test_the_configuration_refuses_other_machines_without_keys(upstream, serve, config_of):
+    config = config_of([upstream()])
+    starts = {bind: serve({**config, "bind": bind}, wait=False) for bind in ("0.0.0.0", "::", "192.0.2.1")}
+    for bind, served in starts.items():
+        assert served.wait_exit() == 1
+        [line] = served.stderr.splitlines()
+        for part in (f'bind: is "{bind}"', "api_keys", "allow_anonymous"):
+            assert part in line
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["--bind 0.0.0.0:{}", "-b [::]:{}", "--bind :{}", "--bind 127.0.0.1:{} --bind 0.0.0.0:{}"],
+)
+def test_so_does_a_start_whose_bind_is_gunicorn_s(upstream, serve, config_of, given):
+    config, spelt = config_of([upstream()]), given.format(free_port(), free_port())
+    starts = [
+        serve(config, gunicorn_args=spelt.split(), wait=False),
+        serve(config, env={"GUNICORN_CMD_ARGS": spelt}, wait=False),
+    ]
+    for served in starts:
+        assert served.wait_exit() == 1
+        assert "Listening" not in served.stderr
+        last = served.stderr.splitlines()[-1]
+        assert "api_keys" in last
+        assert "allow_anonymous: true" in last
+
+
+def test_so_does_a_start_on_a_socket_that_it_inherits(upstream, config_of, tmp_path):
+    # As systemd or a supervisor opens it: `--bind fd://3` names no address.
+    path = tmp_path / "config.yaml"
+    path.write_text(json.dumps(config_of([upstream()])))
+    with socket.create_server(("0.0.0.0", 0)) as opened:
+        command = [sys.executable, "-m", "gunicorn", "wsgi:app", "--bind", f"fd://{opened.fileno()}"]
+        process = subprocess.Popen(
+            command,
+            cwd=Path(__file__).parent.parent,
+            env={"PATH": os.environ["PATH"], "AIPROXY_CONFIG": str(path)},
+            pass_fds=[opened.fileno()],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            said = process.communicate(timeout=3)[1]
+        finally:
+            process.terminate()
+            process.communicate()
+    assert "allow_anonymous: true" in said
+
+
+def test_keys_or_allow_anonymous_let_it_start_for_other_machines_and_loopback_warns(
+    upstream, serve, config_of
+):
+    fake = upstream()
+    warning = "warning: no api_keys"
+    given = {"env": {"GUNICORN_CMD_ARGS": f"--bind 0.0.0.0:{(port := free_port())}"}}
+    starts = {
+        "keys": serve(config_of([fake], bind="0.0.0.0", api_keys=[ALICE]), wait=False),
+        "anonymous": serve(config_of([fake], bind="0.0.0.0", allow_anonymous=True), wait=False),
+        "given": serve(config_of([fake], api_keys=[ALICE], listen=port), wait=False, **given),
+        "loopback": serve(config_of([fake]), wait=False),
+    }
+    for served in starts.values():
+        served.wait_for_log("aiproxy serves")
+        served.wait_until_ready()
+    warned = {how for how, one in starts.items() if any(warning in line for line in one.stdout_lines())}
+    assert warned == {"loopback"}
+    assert not any(ALICE in line for one in starts.values() for line in one.stdout_lines())

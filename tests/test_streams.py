@@ -1,0 +1,583 @@
+"""Streams after their commit point: what reaches the client, when, and how it ends.
+
+What is about pieces and verdicts runs in process (`Proxy` of `test_failover`); what is about the client's
+wire runs against a real gunicorn.
+"""
+
+import gzip
+import json
+import random
+import threading
+import time
+import zlib
+
+import pytest
+from fakes import (
+    RawClient,
+    answer,
+    close_now,
+    error,
+    error_event,
+    event,
+    events,
+    gzipped,
+    message_events,
+)
+from test_failover import MB, MESSAGE, QUESTION, Clock, Proxy
+
+EVENTS = message_events(["Hel", "lo ", "\N{GRINNING FACE}\u2028"])
+WHOLE = b"".join(EVENTS)
+START, PING, BLOCK, DELTA = EVENTS[:4]
+STOP = EVENTS[-1]
+FRAMINGS = ["chunked", "length", "close"]
+STREAMED = {**QUESTION, "stream": True}
+
+
+@pytest.fixture
+def proxy():
+    made = []
+
+    def make(*upstreams, **settings):
+        made.append(Proxy(*upstreams, **settings))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+@pytest.fixture
+def wire(serve, config_of):
+    """Start a gunicorn before these upstreams; clients of it that have asked for a stream."""
+    clients = []
+
+    def start(*upstreams, **extra):
+        served = serve(config_of(upstreams, **extra))
+
+        def ask(question=None):
+            clients.append(RawClient.to(served.url))
+            clients[-1].post(question or STREAMED)
+            return clients[-1]
+
+        return served, ask
+
+    yield start
+    for client in clients:
+        client.close()
+
+
+def error_in(data):
+    """The error that the last event of a body tells."""
+    told, _, rest = data.rpartition(b"event: error\ndata: ")[2].partition(b"\n\n")
+    assert rest == b""
+    return json.loads(told)
+
+
+# ------------------------------------------------------------------------------------ bytes as they come
+
+SPELLINGS = {
+    "api": WHOLE,
+    "crlf": WHOLE.replace(b"\n", b"\r\n"),
+    "cr": WHOLE.replace(b"\n", b"\r"),
+    "mixed": b"\xef\xbb\xbf: hello\r\n\n" + WHOLE.replace(b"\n\n", b"\r\n\n") + b"id: 7\nretry: 5\n\n",
+    "no_space": WHOLE.replace(b": {", b":{").replace(b"event: ", b"event:"),
+    "data_in_lines": WHOLE.replace(b'", "', b'",\ndata: "'),
+    "nameless_events": WHOLE.replace(STOP, b'data: {"type":"new"}\n\n: note\n\n' + STOP),
+    "after_the_stop": WHOLE + PING + b": bye\n\n",
+    "blank_lines": b"\n\n" + WHOLE.replace(b"\n\n", b"\n\n\n\n"),
+}
+
+
+@pytest.mark.parametrize("framing", FRAMINGS)
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_the_bytes_arrive_as_they_were_sent_however_they_are_cut(upstream, proxy, spelling, framing):
+    body = SPELLINGS[spelling]
+    dice = random.Random(f"{spelling} {framing}")
+    scripts = []
+    for _ in range(6):
+        cuts = sorted(dice.sample(range(1, len(body)), dice.choice([1, 5, 40])))
+        scripts.append([body[a:b] for a, b in zip([0, *cuts], [*cuts, None], strict=True)])
+    a = upstream(*(events(pieces, framing) for pieces in scripts))
+    one = proxy(a)
+    for pieces in scripts:
+        given = one.ask(stream=True)
+        assert (given.status, given.ending, given.body) == (200, "end", body), pieces
+        assert all(piece.endswith((b"\n", b"\r")) for piece in given.pieces), pieces
+    assert one.outcomes() == [["success"] * 6]
+    if framing != "close":
+        assert a.connections == 1
+
+
+@pytest.mark.parametrize("framing", FRAMINGS)
+def test_byte_by_byte_is_event_by_event(upstream, proxy, framing):
+    a = upstream(events([WHOLE[n : n + 1] for n in range(len(WHOLE))], framing))
+    given = proxy(a).ask(stream=True)
+    assert given.body == WHOLE
+    assert all(piece.endswith(b"\n\n") for piece in given.pieces)
+
+
+@pytest.mark.parametrize("framing", FRAMINGS)
+def test_a_large_stream_arrives_whole(upstream, proxy, framing):
+    deltas = [DELTA.replace(b"Hel", b"x" * 300_000)] * 10
+    body = [START, BLOCK, *deltas, STOP]
+    given = proxy(upstream(events(body, framing))).ask(stream=True)
+    assert (given.body == b"".join(body), given.ending) == (True, "end")
+
+
+def test_headers_of_a_stream_come_back_and_its_length_does_not(upstream, proxy):
+    a = upstream(
+        events(EVENTS, "length", headers=[("request-id", "req_1"), ("x-new", "1"), ("set-cookie", "a=b")])
+    )
+    given = proxy(a).ask(stream=True)
+    assert sorted(given.headers) == [
+        ("content-type", "text/event-stream; charset=utf-8"),
+        ("request-id", "req_1"),
+        ("x-aiproxy-attempts", "1"),
+        ("x-aiproxy-upstream", "a"),
+        ("x-new", "1"),
+    ]
+
+
+@pytest.mark.parametrize("framing", FRAMINGS)
+def test_a_stream_that_is_compressed_unasked_is_relayed_in_clear_and_live(upstream, proxy, framing):
+    gates = [threading.Event() for _ in EVENTS]
+    packer = zlib.compressobj(wbits=31)
+    pieces = []
+    for data, gate in zip(EVENTS, gates, strict=True):
+        packed = packer.compress(data) + packer.flush(zlib.Z_SYNC_FLUSH)
+        pieces += [packed[:1], packed[1:], gate]
+    pieces.append(packer.flush())
+    one = proxy(upstream(events(pieces, framing, headers=[("content-encoding", "gzip")])))
+    for gate in gates[:2]:
+        gate.set()
+    given = one.begin(stream=True)
+    assert given.header("content-encoding") is None
+    for n, gate in enumerate(gates[2:], 3):
+        while len(given.body) < len(b"".join(EVENTS[:n])):
+            assert given.next()
+        assert given.body == b"".join(EVENTS[:n])
+        gate.set()
+    assert given.read().ending == "end"
+    assert one.outcomes() == [["success"]]
+
+
+def test_a_compressed_stream_that_is_cut_is_a_break(upstream, proxy):
+    one = proxy(upstream(gzipped(EVENTS[:5], "text/event-stream")))
+    given = one.ask(stream=True)
+    assert (given.ending, given.body.startswith(b"".join(EVENTS[:5]) + b"event: error\n")) == ("cut", True)
+    assert one.outcomes() == [["failure"]]
+
+
+def test_a_compressed_stream_that_turns_to_rubbish_is_a_break(upstream, proxy):
+    packed = gzip.compress(b"".join(EVENTS[:5]))[:-8] + b"rubbish!" * 20
+    one = proxy(upstream(events([packed], headers=[("content-encoding", "gzip")])))
+    assert one.ask(stream=True).ending in ("cut", "end")
+    assert one.outcomes() == [["failure"]]
+
+
+# ------------------------------------------------------------------------------------ the commit point
+
+
+def test_held_events_come_first_and_each_once(upstream, proxy):
+    gate = threading.Event()
+    a = upstream(events([START, PING, BLOCK, gate, *EVENTS[3:]]))
+    given = proxy(a).begin(stream=True)
+    assert [given.next(), given.next(), given.next()] == [START, PING, BLOCK]
+    gate.set()
+    assert given.read().body == WHOLE
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        [BLOCK],
+        [DELTA],
+        [START, BLOCK],
+        [PING, PING],
+        [PING, START, PING],
+        [PING + PING],
+        [START, STOP],
+        [b'data: {"type":"nameless"}\n\n'],
+        [b'event: new_kind\ndata: {"type":"new_kind"}\n\n'],
+        [START.replace(b"\n", b"\r\n"), BLOCK.replace(b"\n", b"\r\n")],
+    ],
+)
+def test_the_first_content_and_the_second_ping_commit(upstream, proxy, first):
+    gate = threading.Event()
+    a, b = upstream(events([*first, gate], then="cut")), upstream()
+    one = proxy(a, b, first_byte=0.3)
+    given = one.begin(stream=True)
+    assert (given.status, given.upstream) == (200, "a")
+    gate.set()
+    assert given.read().body.startswith(b"".join(first))
+
+
+@pytest.mark.parametrize("first", [[START], [PING], [START, PING], [PING, START], [b": note\n\n" * 3, PING]])
+def test_message_start_and_one_ping_do_not_commit(upstream, proxy, first):
+    a, b = upstream(events(first, then="cut")), upstream()
+    assert proxy(a, b).ask(stream=True).upstream == "b"
+
+
+def test_nothing_of_the_failed_attempt_reaches_the_client(upstream, proxy):
+    a = upstream(events([START.replace(b"msg_01Fake", b"msg_of_a"), PING], then="cut"))
+    given = proxy(a, upstream(events(EVENTS))).ask(stream=True)
+    assert given.body == WHOLE
+
+
+def test_after_the_commit_point_only_idle_bounds_a_stream(upstream, proxy):
+    a = upstream(events([*EVENTS[:3], 0.1, EVENTS[3], 0.1, *EVENTS[4:]]))
+    given = proxy(a, first_byte=0.15, answer=0.15, idle=1.0).ask(stream=True)
+    assert (given.body, given.ending) == (WHOLE, "end")
+
+
+def test_an_event_of_over_4_mb_is_passed_on_while_it_arrives(upstream, proxy):
+    gate = threading.Event()
+    large = DELTA.replace(b"Hel", b"x" * 5 * MB)
+    a = upstream(events([START, large[: 4 * MB + 1000], gate, large[4 * MB + 1000 :], *EVENTS[4:]], "length"))
+    one = proxy(a)
+    given = one.begin(stream=True)
+    while sum(map(len, given.pieces)) < 4 * MB:
+        given.next()
+    gate.set()
+    assert (given.read().body == START + large + b"".join(EVENTS[4:]), given.ending) == (True, "end")
+    assert one.outcomes() == [["success"]]
+
+
+# ------------------------------------------------------------------------------------ streams that break
+
+
+def ends_of(data):
+    """How many bytes of it are whole events."""
+    return data.rfind(b"\n\n") + 2 if b"\n\n" in data else 0
+
+
+@pytest.mark.parametrize(
+    ("framing", "torn"), [("chunked", False), ("chunked", True), ("length", False), ("close", False)]
+)
+def test_a_cut_stream_ends_in_an_error_event_wherever_it_is_cut(upstream, proxy, framing, torn):
+    body = WHOLE[: -len(STOP)]
+    places = sorted({*range(len(START + PING + BLOCK), len(body), 23), len(body) - 1, len(body)})
+    replies = []
+    for place in places:
+        end = ends_of(body[:place])
+        pieces = [body[:end], body[end:]] if end < len(body) else [body]
+        cut_at = place - end if end < len(body) else None
+        then = "end" if framing == "close" else "cut"
+        if then == "end":
+            pieces, cut_at = [body[:place]], None
+        replies.append(events(pieces, framing, then=then, cut_at=cut_at, torn=torn and bool(cut_at)))
+    one = proxy(upstream(*replies), failures=10**6)
+    for place in places:
+        given = one.ask(stream=True)
+        end = ends_of(body[:place])
+        assert given.body[:end] == body[:end]
+        told = error_in(given.body[end:])
+        assert (told["type"], told["error"]["type"]) == ("error", "api_error")
+        assert given.ending == "cut"
+    assert one.outcomes() == [["failure"] * len(places)]
+
+
+@pytest.mark.parametrize("then", ["cut", "reset"])
+def test_a_break_is_told_with_our_request_id_and_no_address(upstream, proxy, then):
+    a = upstream(events(EVENTS[:5], then=then))
+    given = proxy(a).ask(stream=True)
+    told = error_in(given.body)
+    assert told["request_id"].startswith("req_")
+    assert str(a.port).encode() not in given.body
+    assert given.ending == "cut"
+
+
+@pytest.mark.parametrize("framing", FRAMINGS)
+def test_a_clean_end_without_message_stop_is_a_break(upstream, proxy, framing):
+    one = proxy(upstream(events(EVENTS[:-1], framing)))
+    given = one.ask(stream=True)
+    assert given.body.startswith(WHOLE[: -len(STOP)] + b"event: error\n")
+    assert given.ending == "cut"
+    assert one.outcomes() == [["failure"]]
+
+
+def test_a_message_stop_that_is_not_whole_is_none(upstream, proxy):
+    one = proxy(upstream(events([*EVENTS[:-1], STOP[:-1]])))
+    given = one.ask(stream=True)
+    assert STOP[:-1] not in given.body
+    assert given.ending == "cut"
+
+
+def test_the_words_message_stop_in_a_text_stop_nothing(upstream, proxy):
+    said = event(
+        "content_block_delta",
+        {
+            "type": "content_block_delta",
+            "index": 0,
+            "delta": {"type": "text_delta", "text": "event: message_stop\n\n"},
+        },
+    )
+    one = proxy(upstream(events([*EVENTS[:4], said])))
+    assert one.ask(stream=True).ending == "cut"
+    assert one.outcomes() == [["failure"]]
+
+
+@pytest.mark.parametrize("framing", FRAMINGS)
+def test_silence_after_the_commit_point_ends_in_a_timeout_error(upstream, proxy, framing):
+    a, b = upstream(events(EVENTS[:4], framing, then="hang")), upstream()
+    one = proxy(a, b, idle=0.15)
+    began = time.monotonic()
+    given = one.ask(stream=True)
+    assert 0.15 <= time.monotonic() - began < 1
+    assert given.body.startswith(b"".join(EVENTS[:4]))
+    assert error_in(given.body)["error"]["type"] == "timeout_error"
+    assert (given.ending, given.upstream) == ("cut", "a")
+    assert one.outcomes() == [["failure"], []]
+    a.wait_left()
+
+
+def test_each_piece_starts_the_idle_time_anew(upstream, proxy):
+    one = proxy(upstream(events(EVENTS, gap=0.03)), idle=0.15)
+    assert one.ask(stream=True).ending == "end"
+
+
+@pytest.mark.parametrize("then", ["end", "cut", "hang"])
+@pytest.mark.parametrize("ending", ["\n", "\r\n", "\r"])
+def test_an_error_event_of_the_upstream_is_relayed_as_it_is_and_counted(upstream, proxy, then, ending):
+    told = error_event("overloaded_error").replace(b"\n", ending.encode())
+    one = proxy(upstream(events([*EVENTS[:4], told], then=then)), upstream(), idle=0.1)
+    given = one.ask(stream=True)
+    assert given.body == b"".join(EVENTS[:4]) + told
+    assert one.outcomes() == [["failure"], []]
+
+
+def test_an_event_over_16_mb_breaks_the_stream_without_completing_it(upstream, proxy):
+    def pour(wire, request):
+        wire.head(200, [("content-type", "text/event-stream"), ("connection", "close")])
+        wire.send(START + BLOCK + b"event: content_block_delta\ndata: ")
+        for _ in range(17):
+            wire.send(b"x" * MB)
+        wire.send(b"\n\n" + STOP)
+
+    one = proxy(upstream(pour))
+    given = one.ask(stream=True)
+    assert given.ending == "cut"
+    assert len(given.body) < 17 * MB
+    assert not given.body.endswith((b"\n", b"\r"))
+    assert one.outcomes() == [["failure"]]
+
+
+def test_a_break_after_a_part_of_a_large_event_completes_nothing(upstream, proxy):
+    large = DELTA.replace(b"Hel", b"x" * 6 * MB)
+    one = proxy(upstream(events([START, BLOCK, large], then="cut", cut_at=5 * MB)))
+    given = one.ask(stream=True)
+    assert given.ending == "cut"
+    assert b"event: error" not in given.body[-200:]
+    assert given.body == (START + BLOCK + large)[: len(given.body)]
+
+
+# ------------------------------------------------------------------------------- the end after message_stop
+
+
+@pytest.mark.parametrize("framing", FRAMINGS)
+def test_a_body_kept_open_after_message_stop_is_a_success_that_holds_nobody(
+    upstream, proxy, monkeypatch, framing
+):
+    monkeypatch.setattr("aiproxy.relay.AFTER_STOP", 0.1)
+    a = upstream(events(EVENTS, framing, then="hang"))
+    one = proxy(a)
+    began = time.monotonic()
+    given = one.ask(stream=True)
+    assert 0.1 <= time.monotonic() - began < 0.6
+    assert (given.body, given.ending) == (WHOLE, "end")
+    assert one.outcomes() == [["success"]]
+    a.wait_left()
+
+
+def test_an_upstream_has_about_a_second_to_end_a_body_after_message_stop():
+    from aiproxy.relay import AFTER_STOP
+
+    assert 0.5 <= AFTER_STOP <= 1.5
+
+
+def test_a_trickle_after_message_stop_holds_nobody_either(upstream, proxy, monkeypatch):
+    monkeypatch.setattr("aiproxy.relay.AFTER_STOP", 0.1)
+    one = proxy(upstream(events([*EVENTS, *[PING] * 60], gap=0.02)))
+    given = one.begin(stream=True)
+    while STOP not in given.pieces:
+        assert given.next()
+    began = time.monotonic()
+    assert given.read().ending == "end"
+    assert time.monotonic() - began < 0.6
+    assert one.outcomes() == [["success"]]
+
+
+@pytest.mark.parametrize("then", ["cut", "reset"])
+def test_a_break_after_message_stop_is_a_success(upstream, proxy, then):
+    gate = threading.Event()
+    one = proxy(upstream(events([*EVENTS, gate], then=then)))
+    given = one.begin(stream=True)
+    while STOP not in given.pieces:
+        assert given.next()
+    gate.set()
+    assert (given.read().body, given.ending) == (WHOLE, "end")
+    assert one.outcomes() == [["success"]]
+
+
+def test_an_error_event_after_message_stop_changes_nothing(upstream, proxy):
+    one = proxy(upstream(events([*EVENTS, error_event()])))
+    given = one.ask(stream=True)
+    assert (given.body, given.ending) == (WHOLE + error_event(), "end")
+    assert one.outcomes() == [["success"]]
+
+
+# ------------------------------------------------------------------------------------ the client leaves
+
+
+@pytest.mark.parametrize("taken", [0, 1, 2, 3, 4])
+def test_a_client_that_leaves_counts_neither_way_and_leaks_nothing(upstream, proxy, taken):
+    a = upstream(events(EVENTS[:4], then="hang"))
+    one = proxy(a)
+    given = one.begin(stream=True)
+    for n in range(taken):
+        assert given.next() == EVENTS[n]
+    given.leave()
+    given.leave()
+    a.wait_left()
+    assert one.outcomes() == [["undecided"]]
+
+
+def test_a_client_that_leaves_after_message_stop_had_a_success(upstream, proxy):
+    a = upstream(events(EVENTS, then="hang"))
+    one = proxy(a)
+    given = one.begin(stream=True)
+    while STOP not in given.pieces:
+        assert given.next()
+    given.leave()
+    a.wait_left()
+    assert one.outcomes() == [["success"]]
+
+
+def test_a_client_that_leaves_upon_the_upstream_s_error_event_does_not_undo_it(upstream, proxy):
+    a = upstream(events([*EVENTS[:4], error_event()], then="hang"))
+    one = proxy(a)
+    given = one.begin(stream=True)
+    while error_event() not in given.pieces:
+        assert given.next()
+    given.leave()
+    a.wait_left()
+    assert one.outcomes() == [["failure"]]
+
+
+def test_a_client_that_leaves_does_not_charge_the_last_failures_again(upstream, proxy):
+    clock = Clock()
+    a = upstream(close_now(), close_now(), events(EVENTS[:4], then="hang"), close_now())
+    one = proxy(a, clock=clock)
+    assert [one.ask().status, one.ask().status] == [502, 502]
+    one.begin(stream=True).leave()
+    assert one.breakers["a"].usable()
+    assert one.ask().status == 502
+    assert not one.breakers["a"].usable()  # the client that left did not count as a success either
+
+
+def test_a_body_is_settled_once_whatever_is_asked_of_it_after_its_end(upstream, proxy):
+    one = proxy(upstream(events(EVENTS), events(EVENTS[:5], then="cut")))
+    for ending, outcomes in (("end", ["success"]), ("cut", ["success", "failure"])):
+        given = one.ask(stream=True)
+        given.leave()
+        given.ending = None
+        assert given.next() is None
+        assert given.ending == ending
+        assert one.outcomes() == [outcomes]
+
+
+def test_all_clients_see_their_own_stream(upstream, proxy):
+    gates = [threading.Event() for _ in range(12)]
+
+    def reply(fake, request):
+        n = int(request.json()["messages"][0]["content"])
+        mine = message_events([f"<{n}>"] * 5)
+        events([*mine[:5], gates[n], *mine[5:]], FRAMINGS[n % 3])(fake, request)
+
+    one = proxy(upstream(default=reply), upstream(default=reply))
+    given = [
+        one.begin(question={**STREAMED, "messages": [{"role": "user", "content": str(n)}]}) for n in range(12)
+    ]
+    for n in random.Random(1).sample(range(12), 12):
+        gates[n].set()
+        assert given[n].read().body == b"".join(message_events([f"<{n}>"] * 5))
+    assert one.outcomes() == [["success"] * 6] * 2
+
+
+# ----------------------------------------------------------------------------------------- on the wire
+
+
+def test_each_event_arrives_before_the_next_is_sent(upstream, wire):
+    items = [*EVENTS[:4], PING, *EVENTS[4:]]
+    gates = {framing: [threading.Event() for _ in items] for framing in FRAMINGS}
+    gated = {
+        framing: [one for pair in zip(items, gates[framing], strict=True) for one in pair]
+        for framing in FRAMINGS
+    }
+    _, ask = wire(upstream(*(events(gated[framing], framing) for framing in FRAMINGS)))
+    for framing in FRAMINGS:
+        for gate in gates[framing][:2]:  # message_start and the first ping are held back
+            gate.set()
+        got = ask().answer()
+        pieces = got.pieces()
+        for n, gate in enumerate(gates[framing][2:], 3):
+            while len(got.body) < len(b"".join(items[:n])):
+                next(pieces)
+            assert got.body == b"".join(items[:n])
+            gate.set()
+        assert list(pieces) == []
+        assert got.ending == "end"
+
+
+def test_a_broken_stream_does_not_end_cleanly_on_the_wire(upstream, wire):
+    broken = [
+        events(EVENTS[:5], then="cut"),
+        events(EVENTS[:5], then="reset"),
+        events(EVENTS[:5]),
+        events(EVENTS[:6], then="cut", cut_at=15),
+        events(EVENTS[:5], then="hang"),
+    ]
+    _, ask = wire(upstream(*broken), timeouts={"idle": 0.2}, breaker={"failures": 99})
+    for type_ in ["api_error"] * 4 + ["timeout_error"]:
+        client = ask()
+        got = client.read()
+        assert got.body.startswith(b"".join(EVENTS[:5]) + b"event: error\n")
+        assert error_in(got.body)["error"]["type"] == type_
+        assert got.ending in ("cut", "reset")
+        assert not bytes(client.raw).endswith(b"0\r\n\r\n")
+
+
+def test_a_client_that_does_not_close_after_a_break_holds_up_nobody(upstream, wire):
+    served, ask = wire(upstream(*[events(EVENTS[:5], then="cut")] * 2))
+    for _ in range(2):
+        assert ask().read().ending == "cut"  # and its socket stays open
+    began = time.monotonic()
+    got = ask().read()
+    assert (got.status, got.ending) == (200, "end")
+    assert time.monotonic() - began < 1
+    assert "Traceback" not in served.stderr + "\n".join(served.stdout_lines())
+
+
+def test_a_client_that_leaves_on_the_wire_frees_the_upstream(upstream, wire):
+    a = upstream(events([*EVENTS[:4], *[DELTA] * 400], gap=0.005))
+    served, ask = wire(a)
+    client = ask()
+    next(client.answer().pieces())
+    client.close()
+    a.wait_left()
+    assert served.wait_for_log(r" done .*outcome=client_left ")
+
+
+def test_streams_and_whole_answers_and_errors_take_turns_on_one_connection(upstream, wire):
+    a = upstream(answer(), answer(), error(400), events([START, error_event()]), answer())
+    _, ask = wire(a, breaker={"failures": 99})
+    client = ask()
+    got = [client.read()]
+    for question in (QUESTION, STREAMED, STREAMED, STREAMED):
+        client.post(question)
+        got.append(client.read())
+    assert [one.status for one in got] == [200, 200, 400, 529, 200]
+    assert [one.ending for one in got] == ["end"] * 5
+    assert (got[1].body, got[4].body) == (MESSAGE, got[0].body)
+    assert (got[3].reason, got[3].header("content-type")) == ("Overloaded", "application/json")
+    assert got[3].json()["error"]["type"] == "overloaded_error"

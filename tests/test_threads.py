@@ -1,0 +1,566 @@
+"""Message threads and what else lives on one account: where such requests go, and where they do not."""
+
+import itertools
+import json
+import threading
+from pathlib import Path
+
+import anthropic
+import pytest
+from anthropic import beta_tool
+from fakes import (
+    answer,
+    close_now,
+    dead_port,
+    error,
+    error_event,
+    event,
+    events,
+    message_events,
+    message_json,
+    tool_use,
+    whole,
+)
+
+from aiproxy import threads
+from aiproxy.app import create_app
+from aiproxy.config import BreakerSettings, Config, UpstreamSettings
+from aiproxy.threads import Owners
+
+ROOT = Path(__file__).parent.parent
+HELLO = [{"role": "user", "content": "Hi"}]
+CREATE = {"type": "create"}
+LOST = {"error_code": "thread_not_found", "previous_message_id": "msg_x"}
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+class Account:
+    """A reply that holds threads as one account does: a message of another account's is not found.
+
+    Asks for a tool until a conversation has `rounds` replies.
+    """
+
+    def __init__(self, name, rounds=0):
+        self.name = name
+        self.held = {}
+        self.lost = 0
+        self._rounds = rounds
+        self._number = itertools.count(1)
+
+    def __call__(self, wire, seen):
+        asked = seen.json()
+        thread = asked.get("thread") or {"type": None}
+        history = asked["messages"]
+        if thread["type"] == "continue":
+            if thread["previous_message_id"] not in self.held:
+                self.lost += 1
+                error(404, message="Thread not found.", details=LOST)(wire, seen)
+                return
+            assert not {"system", "tools"} & set(asked)
+            history = self.held[thread["previous_message_id"]] + history
+        number = next(self._number)
+        made = f"msg_{self.name}_{number}"
+        replies = sum(message["role"] == "assistant" for message in history)
+        tool = tool_use(id=f"toolu_{self.name}_{number}") if replies < self._rounds else None
+        text = f"{self.name} after {len(history)}"
+        if thread["type"]:
+            self.held[made] = [*history, {"role": "assistant", "content": text}]
+        if asked.get("stream"):
+            events(message_events([text], tool=tool, id=made))(wire, seen)
+        else:
+            whole(200, message_json(text, tool=tool, id=made))(wire, seen)
+
+
+def client_of(*upstreams, weights=(), clock=None, must_stream=False, **settings):
+    """Upstreams are named a, b, ...; the first is asked first, and far more often if it weighs more."""
+    listed = [
+        UpstreamSettings(
+            name=name,
+            base_url=one if isinstance(one, str) else one.url,
+            token=f"sk-test-{name}",
+            weight=weight,
+            must_stream=must_stream,
+        )
+        for name, one, weight in zip("abc", upstreams, [*weights, 1, 1, 1], strict=False)
+    ]
+    return create_app(Config(upstreams=tuple(listed), **settings), clock or Clock()).test_client()
+
+
+def ask(client, thread=None, stream=False, headers=(), **extra):
+    body = {"model": "m", "messages": HELLO, **extra}
+    if thread is not None:
+        body["thread"] = thread
+    if stream:
+        body["stream"] = True
+    return client.post("/v1/messages", json=body, headers=list(headers), buffered=True)
+
+
+def following(message_id):
+    return {"type": "continue", "previous_message_id": message_id}
+
+
+def id_of(reply):
+    """The id of the message that an answer brought, streamed or whole."""
+    assert reply.status_code == 200, reply.data
+    if reply.mimetype == "application/json":
+        return reply.get_json()["id"]
+    data = reply.data.split(b"data: ", 1)[1].split(b"\n", 1)[0]
+    return json.loads(data)["message"]["id"]
+
+
+def maker(reply):
+    return reply.headers["x-aiproxy-upstream"]
+
+
+def attempts(reply):
+    return int(reply.headers["x-aiproxy-attempts"])
+
+
+# ------------------------------------------------------------------------------------- whose thread it is
+
+
+@pytest.mark.parametrize("must_stream", [False, True])
+@pytest.mark.parametrize("created_by_stream", [False, True])
+@pytest.mark.parametrize("continued_by_stream", [False, True])
+def test_a_thread_goes_on_where_it_was_made(upstream, must_stream, created_by_stream, continued_by_stream):
+    accounts = [Account(name) for name in "ab"]
+    client = client_of(*(upstream(default=each) for each in accounts), must_stream=must_stream)
+    latest = {}
+    for _ in range(5):
+        reply = ask(client, CREATE, created_by_stream)
+        latest[id_of(reply)] = maker(reply)
+    assert sorted(latest.values()) == ["a", "a", "a", "b", "b"]
+    for _ in range(2):
+        for made, owner in list(latest.items()):
+            reply = ask(client, following(made), continued_by_stream)
+            assert (maker(reply), attempts(reply)) == (owner, 1)
+            latest[id_of(reply)] = latest.pop(made)
+    assert [each.lost for each in accounts] == [0, 0]
+
+
+def test_continuing_moves_no_turn_of_the_others(upstream):
+    client = client_of(*(upstream(default=Account(name)) for name in "ab"))
+    made = id_of(ask(client, CREATE))
+    turns = []
+    for _ in range(6):
+        turns.append(maker(ask(client)))
+        made = id_of(ask(client, following(made)))
+    assert turns == ["b", "a"] * 3
+
+
+def test_a_thread_goes_on_where_it_was_made_whatever_the_session_s_home(upstream):
+    client = client_of(*(upstream(default=Account(name)) for name in "ab"))
+    session = [("x-claude-code-session-id", "6f9f2a4e-1c1b-4f0e-9d55-0a3f8f6f7a11")]
+    home = maker(ask(client, CREATE, headers=session, cache_control={"type": "ephemeral"}))
+    made, owner = home, home
+    while owner == home:
+        reply = ask(client, CREATE)
+        made, owner = id_of(reply), maker(reply)
+    reply = ask(client, following(made), headers=session, cache_control={"type": "ephemeral"})
+    assert maker(reply) == owner
+
+
+def test_the_owner_is_known_as_soon_as_the_client_has_seen_the_message_s_end(upstream):
+    # A client need not wait for the body's end, which the upstream may keep open.
+    gate = threading.Event()
+    first = upstream(events([*message_events(id="msg_a_1"), gate]))
+    client = client_of(first, upstream(default=error(404, details=LOST)))
+    body = {"model": "m", "messages": HELLO, "stream": True, "thread": CREATE}
+    stream = client.post("/v1/messages", json=body)
+    pieces = stream.iter_encoded()
+    while b"event: message_stop" not in next(pieces):
+        pass
+    reply = ask(client, following("msg_a_1"))
+    gate.set()
+    assert list(pieces) == []
+    stream.close()
+    assert (reply.status_code, maker(reply)) == (200, "a")
+
+
+def test_a_message_made_without_a_thread_is_not_remembered(upstream):
+    client = client_of(upstream(default=Account("a")), upstream(default=Account("b")))
+    for thread in (None, "null"):
+        plain = ask(client) if thread is None else ask(client, **{"thread": None})
+        wrong = ask(client, following(id_of(plain)))
+        assert (maker(plain), maker(wrong), wrong.status_code) == ("a", "b", 404)
+
+
+@pytest.mark.parametrize(
+    "thread",
+    [
+        "x",
+        5,
+        [],
+        {},
+        {"type": None},
+        {"type": 5},
+        {"type": "continue"},
+        {"type": "continue", "previous_message_id": None},
+        {"type": "continue", "previous_message_id": ["msg_a_1"]},
+        {"type": "continue", "previous_message_id": ""},
+        {"type": "continue", "previous_message_id": "\ud800"},
+        {"type": "fork", "previous_message_id": "msg_a_1"},
+    ],
+)
+def test_whatever_a_thread_may_hold_goes_to_an_upstream_as_it_is(upstream, thread):
+    fake = upstream(default=answer())
+    client = client_of(fake, upstream(default=answer()))
+    reply = ask(client, thread)
+    assert (reply.status_code, attempts(reply)) == (200, 1)
+    assert fake.seen[0].json()["thread"] == thread
+
+
+# ----------------------------------------------------------------------------- threads that are not found
+
+NOT_FOUND = (
+    b'{"type":"error", "error":{"type":"not_found_error","message":"Thread  not found",'
+    b' "details":{"error_code":"thread_not_found"}},"request_id":"req_1"}'
+)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_unknown_thread_s_404_comes_back_verbatim_after_one_attempt(upstream, stream):
+    headers = [("request-id", "req_1"), ("x-should-retry", "false")]
+    other = upstream()
+    client = client_of(upstream(whole(404, NOT_FOUND, headers)), other)
+    reply = ask(client, following("msg_x"), stream)
+    assert (reply.status_code, reply.data, attempts(reply)) == (404, NOT_FOUND, 1)
+    assert [reply.headers[name] for name, _ in headers] == [value for _, value in headers]
+    assert other.connections == 0
+
+
+def test_so_does_one_that_comes_as_a_stream_s_first_event(upstream):
+    start = message_events()[0]
+    stream = events([start, event("error", json.loads(NOT_FOUND))])
+    other = upstream()
+    reply = ask(client_of(upstream(stream), other), following("msg_x"), stream=True)
+    assert (reply.status_code, reply.mimetype, attempts(reply)) == (404, "application/json", 1)
+    assert reply.get_json() == json.loads(NOT_FOUND)
+    assert other.connections == 0
+
+
+def test_an_unknown_thread_goes_anywhere(upstream):
+    client = client_of(*(upstream(default=Account(name)) for name in "abc"))
+    assert [maker(ask(client, following("msg_x"))) for _ in range(6)] == ["a", "b", "c"] * 2
+
+
+def test_a_thread_that_is_not_found_is_not_counted(upstream, capsys):
+    client = client_of(upstream(default=Account("a")), upstream(), weights=[1000])
+    for _ in range(5):
+        assert ask(client, following("msg_x")).status_code == 404
+    assert maker(ask(client)) == "a"
+    said = capsys.readouterr().out
+    assert "circuit" not in said
+    assert "verdict=uncounted" in said
+
+
+def test_nor_does_it_wipe_out_the_failures_before_it(upstream):
+    fake = upstream(error(500), error(500), error(404, details=LOST), error(500))
+    client = client_of(fake, upstream(), weights=[1000])
+    for thread in (None, None, following("msg_x"), None):
+        ask(client, thread)
+    assert maker(ask(client)) == "b"
+    assert len(fake.seen) == 4
+
+
+@pytest.mark.parametrize(
+    ("thread", "refusal"),
+    [
+        (None, error(404, details=LOST)),
+        (CREATE, error(404, details=LOST)),
+        (following("msg_x"), error(404, message="model: m")),
+        (following("msg_x"), whole(404, b"<html>", content_type="text/html")),
+        (following("msg_x"), error(400, details={"error_code": "thread_not_found"})),
+    ],
+)
+def test_any_other_refusal_is_failed_over_as_ever(upstream, thread, refusal):
+    reply = ask(client_of(upstream(refusal), upstream()), thread)
+    assert (reply.status_code, maker(reply), attempts(reply)) == (200, "b", 2)
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [
+        (400, "thread_already_continued"),
+        (400, "thread_continue_in_flight"),
+        (400, "thread_unsupported_request"),
+        (404, "thread_not_found"),
+        (403, None),
+        (429, None),
+    ],
+)
+def test_what_the_owner_refuses_no_other_is_asked(upstream, status, code):
+    owner, other = upstream(default=Account("a")), upstream()
+    client = client_of(owner, other)
+    made = id_of(ask(client, CREATE))
+    owner.script(error(status, message="no", details={"error_code": code} if code else None))
+    reply = ask(client, following(made))
+    assert (reply.status_code, reply.get_json()["error"]["message"], attempts(reply)) == (status, "no", 1)
+    assert other.connections == 0
+
+
+@pytest.mark.parametrize(
+    "failures",
+    [[error(500)] * 3, [error(529)] * 3, [close_now()] * 4],  # a kept connection that closes is tried again
+)
+def test_when_the_owner_is_down_the_client_learns_that_the_thread_is_not_found(upstream, failures):
+    # It then sends the whole conversation, which any other can answer.
+    owner = upstream(default=Account("a"))
+    client = client_of(owner, upstream(default=Account("b")))
+    made = id_of(ask(client, CREATE))
+    owner.script(*failures)
+    for tried in (2, 2, 2, 1):
+        reply = ask(client, following(made))
+        assert (reply.status_code, attempts(reply)) == (404, tried)
+        assert reply.get_json()["error"]["details"] == LOST
+    again = ask(client, CREATE)
+    assert maker(again) == "b"
+    assert maker(ask(client, following(id_of(again)))) == "b"
+
+
+# --------------------------------------------------------------------------------------- what is remembered
+
+
+def test_the_latest_messages_are_remembered_and_no_more():
+    owners = Owners(Clock())
+    for number in range(threads.LIMIT + 5):
+        owners.note(f"msg_{number}", "a")
+    known = [number for number in range(threads.LIMIT + 5) if owners.owner(f"msg_{number}") == "a"]
+    assert known == list(range(5, threads.LIMIT + 5))
+    assert threads.LIMIT <= 100_000
+
+
+def test_a_message_noted_again_is_the_latest(monkeypatch):
+    monkeypatch.setattr(threads, "LIMIT", 2)
+    owners = Owners(Clock())
+    for message, name in (("one", "a"), ("two", "a"), ("one", "b"), ("three", "a")):
+        owners.note(message, name)
+    assert [owners.owner(message) for message in ("one", "two", "three")] == ["b", None, "a"]
+
+
+def test_a_message_is_remembered_for_its_time_from_the_latest_note():
+    clock = Clock()
+    owners = Owners(clock)
+    owners.note("one", "a")
+    clock.now += threads.LIFETIME - 1
+    assert owners.owner("one") == "a"
+    owners.note("two", "b")
+    clock.now += 1
+    assert (owners.owner("one"), owners.owner("two")) == (None, "b")
+    owners.note("one", "b")
+    clock.now += threads.LIFETIME - 1
+    assert (owners.owner("one"), owners.owner("two")) == ("b", None)
+    assert threads.LIFETIME >= 300, "an idle thread lives five minutes"
+
+
+def test_owners_are_noted_and_asked_from_any_thread():
+    owners = Owners(Clock())
+
+    def work(name):
+        for number in range(2000):
+            owners.note(f"msg_{name}_{number}", name)
+            assert owners.owner(f"msg_{name}_{number}") == name
+
+    workers = [threading.Thread(target=work, args=(name,)) for name in "abcd"]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert {owners.owner(f"msg_{name}_1999") for name in "abcd"} == set("abcd")
+
+
+def test_after_its_time_a_thread_goes_anywhere(upstream):
+    clock = Clock()
+    client = client_of(*(upstream(default=Account(name)) for name in "ab"), clock=clock)
+    made = id_of(ask(client, CREATE))
+    clock.now += threads.LIFETIME
+    reply = ask(client, following(made))
+    assert (maker(reply), reply.status_code, attempts(reply)) == ("b", 404, 1)
+
+
+# ---------------------------------------------------------------------------- the newest SDK's tool runner
+
+
+@beta_tool
+def get_weather(city: str, days: int) -> str:
+    """Say what the weather will be.
+
+    Args:
+        city: where
+        days: for how many days
+    """
+    return f"Rain in {city} for {days} days."
+
+
+def run_tools(url, prompt, tool=get_weather, **options):
+    messages = [{"role": "user", "content": prompt}]
+    with anthropic.Anthropic(base_url=url, api_key="any", max_retries=0) as client:
+        return client.beta.messages.tool_runner(
+            model="claude-x", max_tokens=100, system="You help.", tools=[tool], messages=messages, **options
+        ).until_done()
+
+
+def threads_of(fakes):
+    return [request.json().get("thread", {}).get("type") for fake in fakes for request in fake.seen]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_tool_runner_s_threads_work_over_two_accounts(upstream, serve, config_of):
+    accounts = [Account(name, rounds=2) for name in "ab"]
+    fakes = [upstream(default=each) for each in accounts]
+    served = serve(config_of([{"base_url": fakes[0], "must_stream": True}, fakes[1]]))
+    finals = []
+
+    def run(stream):
+        for number in range(3):
+            final = run_tools(served.url, f"Weather {number}?", stream=stream)
+            finals.append(final.content[0].text)
+
+    workers = [threading.Thread(target=run, args=(stream,)) for stream in (False, True)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    # A prompt, and twice a reply and a tool's result: the account held what the client did not send again.
+    assert sorted(finals) == ["a after 5"] * 3 + ["b after 5"] * 3
+    assert [each.lost for each in accounts] == [0, 0]
+    assert sorted(threads_of(fakes)) == ["continue"] * 12 + ["create"] * 6
+    for request in (request for fake in fakes for request in fake.seen):
+        assert "message-threads-2026-08-12" in request.header("anthropic-beta")
+        first = request.json()["thread"]["type"] == "create"
+        assert [key in request.json() for key in ("system", "tools")] == [first] * 2
+        assert len(request.json()["messages"]) == 1
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_tool_runner_recovers_when_its_account_has_lost_the_thread(upstream, serve, config_of, stream):
+    accounts = [Account(name, rounds=3) for name in "ab"]
+    fakes = [upstream(default=each) for each in accounts]
+    served = serve(config_of(fakes))
+    calls = itertools.count()
+
+    @beta_tool
+    def get_weather(city: str, days: int) -> str:
+        """Say what the weather will be."""
+        if next(calls) == 1:
+            for account in accounts:
+                account.held.clear()
+        return f"Rain in {city} for {days} days."
+
+    final = run_tools(served.url, "Weather?", get_weather, stream=stream)
+    # The new thread begins on the next account, with all that was said so far.
+    assert final.content[0].text == "b after 7"
+    assert [each.lost for each in accounts] == [1, 0]
+    assert threads_of(fakes) == ["create", "continue", "continue", "create", "continue"]
+    said = "\n".join(served.stdout_lines())
+    assert said.count("status=404") == 2, "one attempt, one request"
+    assert "circuit" not in said
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_tool_runner_recovers_when_the_proxy_has_forgotten_the_owner(
+    upstream, serve, config_of, tmp_path
+):
+    app = "import os\nimport aiproxy.threads\naiproxy.threads.LIFETIME = -1.0\n"
+    app += "from aiproxy.app import create_app\nfrom aiproxy.config import load, path_from\n"
+    app += "app = create_app(load(path_from(os.environ)))\n"
+    directory = tmp_path / "app"
+    directory.mkdir()
+    (directory / "wsgi.py").write_text(app)
+    accounts = [Account(name, rounds=4) for name in "ab"]
+    fakes = [upstream(default=each) for each in accounts]
+    served = serve(
+        config_of(fakes),
+        app_dir=directory,
+        gunicorn_args=["-c", str(ROOT / "gunicorn.conf.py")],
+        env={"PYTHONPATH": str(ROOT)},
+    )
+    final = run_tools(served.url, "Weather?")
+    assert final.content[0].text.endswith(" after 9")
+    lost = sum(each.lost for each in accounts)
+    assert lost > 0
+    done = [line for line in served.stdout_lines() if " done " in line and "status=404" in line]
+    assert len(done) == lost
+    assert all("attempts=1" in line for line in done)
+
+
+# ----------------------------------------------------------------------------- what only one account has
+
+BOUND = [
+    ({"container": "container_01"}, []),
+    ({"container": {"id": "container_01", "skills": []}}, []),
+    ({}, [("anthropic-workspace-id", "wrkspc_01")]),
+    (
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [{"type": "document", "source": {"type": "file", "file_id": "file_01"}}],
+                }
+            ]
+        },
+        [],
+    ),
+    ({"messages": [{"role": "user", "content": [{"type": "container_upload", "file_id": "file_01"}]}]}, []),
+]
+
+
+@pytest.mark.parametrize(("extra", "headers"), BOUND)
+def test_what_only_one_account_has_is_not_failed_over_on_a_4xx(upstream, extra, headers):
+    first, other = upstream(), upstream()
+    client = client_of(first, other, weights=[1000], breaker=BreakerSettings(failures=99))
+    for status in (400, 401, 402, 403, 404, 408, 409, 413, 422, 429):
+        first.script(error(status, message="not mine"))
+        reply = ask(client, headers=headers, **extra)
+        assert (reply.status_code, reply.get_json()["error"]["message"]) == (status, "not mine")
+        assert attempts(reply) == 1
+    assert other.connections == 0
+
+
+@pytest.mark.parametrize(("extra", "headers"), BOUND)
+def test_but_it_is_on_a_5xx_and_on_a_broken_connection(upstream, extra, headers):
+    failures = [error(500), error(503), error(529), events([error_event()]), close_now()]
+    first = upstream(*failures)
+    client = client_of(first, upstream(), weights=[1000], breaker=BreakerSettings(failures=99))
+    for _ in failures:
+        reply = ask(client, headers=headers, stream=True, **extra)
+        assert (reply.status_code, maker(reply), attempts(reply)) == (200, "b", 2)
+    assert len(first.seen) >= len(failures)
+
+
+@pytest.mark.parametrize(("extra", "headers"), BOUND)
+def test_and_when_there_is_no_connection(upstream, extra, headers):
+    client = client_of(f"http://127.0.0.1:{dead_port()}", upstream())
+    assert maker(ask(client, headers=headers, **extra)) == "b"
+
+
+@pytest.mark.parametrize(
+    ("extra", "headers"),
+    [
+        ({"container": None}, []),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": 't "file_id": "f"'}]}]}, []),
+        ({"messages": [{"role": "user", "content": '"file_id"'}]}, []),
+        ({"messages": [{"role": "user", "content": [{"type": "x", "file_id": None}]}]}, []),
+        ({"metadata": {"user_id": "container"}}, []),
+        ({}, [("anthropic-version", "2023-06-01"), ("anthropic-user-id", "1")]),
+    ],
+)
+@pytest.mark.parametrize("status", [400, 404, 429])
+def test_any_other_request_is_failed_over_on_a_4xx_too(upstream, extra, headers, status):
+    client = client_of(upstream(error(status)), upstream())
+    assert maker(ask(client, headers=headers, **extra)) == "b"
+
+
+def test_a_4xx_of_a_bound_request_is_not_counted_unless_it_is_about_the_account(upstream):
+    client = client_of(fake := upstream(*[error(404)] * 4), upstream(), weights=[1000])
+    for _ in range(4):
+        ask(client, container="container_01")
+    assert maker(ask(client)) == "a"
+    assert len(fake.seen) == 5
