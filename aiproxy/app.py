@@ -24,10 +24,28 @@ from .watch import Watcher
 DEFAULT_THREADS = 256
 
 
+class Service:
+    """What the application and the server that runs it tell each other."""
+
+    def __init__(self, gate: Gate, watcher: Watcher, transport: Transport) -> None:
+        self._gate = gate
+        self._watcher = watcher
+        self._transport = transport
+
+    def serve_with(self, threads: int) -> None:
+        """The worker has `threads` threads."""
+        self._gate.serve_with(threads)
+
+    def close(self) -> None:
+        """Give back the thread, its descriptors and the kept connections."""
+        self._watcher.close()
+        self._transport.close()
+
+
 def create_app(config: Config, clock: Callable[[], float] = time.monotonic) -> flask.Flask:
     """The WSGI application for a loaded configuration; `clock` is the circuit breakers'.
 
-    `app.extensions["aiproxy"]` is its `Gate`, which wants to be told how many threads serve it.
+    `app.extensions["aiproxy"]` is its `Service`, which wants to be told which worker serves it.
     """
     logs.configure(config.logging.level)
     enabled = [settings for settings in config.upstreams if settings.enabled]
@@ -54,5 +72,5 @@ def create_app(config: Config, clock: Callable[[], float] = time.monotonic) -> f
     app = flask.Flask("aiproxy", static_folder=None)
     app.url_map.merge_slashes = False  # a doubled slash is another path, no reason for a redirect
     app.register_blueprint(create_blueprint(doors))
-    app.extensions["aiproxy"] = gate
+    app.extensions["aiproxy"] = Service(gate, watcher, tools.transport)
     return app

@@ -124,6 +124,7 @@ class Watcher:
         self._next_sweep = 0.0
         self._asleep_until = 0.0
         self._started = False
+        self._closed = False
         self._epoll: select.epoll
         self._wake: int
 
@@ -141,6 +142,8 @@ class Watcher:
         client = Client(self, sock, scope, self._patience)
         with self._lock:
             self._start()
+            if not self._started:  # closed
+                return client
             self._clients[client.descriptor] = client
             self._epoll.register(client.descriptor, select.EPOLLRDHUP)
             self._next_sweep = min(self._next_sweep, time.monotonic() + self._patience / 4)
@@ -167,6 +170,13 @@ class Watcher:
                 del self._clients[client.descriptor]
                 self._unregister(client)
 
+    def close(self) -> None:
+        """End the thread, soon; nothing is watched any more."""
+        with self._lock:
+            self._closed = True
+            if self._started:
+                os.eventfd_write(self._wake, 1)
+
     @property
     def watched(self) -> int:
         """How many deadlines and clients are being watched."""
@@ -174,7 +184,7 @@ class Watcher:
             return len(self._heap) - self._cancelled + len(self._clients)
 
     def _start(self) -> None:
-        if self._started:
+        if self._started or self._closed:
             return
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._epoll = select.epoll()
@@ -184,12 +194,12 @@ class Watcher:
         self._started = True
 
     def _wake_by(self, at: float) -> None:
-        if at < self._asleep_until:
+        if at < self._asleep_until and self._started:
             self._asleep_until = at
             os.eventfd_write(self._wake, 1)
 
     def _run(self) -> None:
-        while True:
+        while not self._closed:
             for descriptor, _ in self._epoll.poll(self._sleep()):
                 if descriptor == self._wake:
                     os.eventfd_read(self._wake)
@@ -197,6 +207,10 @@ class Watcher:
                     self._hung_up(descriptor)
             self._expire()
             self._sweep()
+        with self._lock:
+            self._started = False
+            self._epoll.close()
+            os.close(self._wake)
 
     def _sleep(self) -> float | None:
         """Seconds until something is due."""
@@ -243,7 +257,7 @@ class Watcher:
             client.scope.abort(Reason.CLIENT_LEFT)
 
     def _unregister(self, client: Client) -> None:
-        with contextlib.suppress(OSError):  # closed already, or unregistered when it hung up
+        with contextlib.suppress(OSError, ValueError):  # closed already, or unregistered when it hung up
             self._epoll.unregister(client.descriptor)
 
 

@@ -181,6 +181,23 @@ def upstream() -> Iterator[Callable[..., FakeUpstream]]:
         yield start
 
 
+@pytest.fixture(autouse=True)
+def close_apps(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Give back what the applications that a test builds hold: a thread, descriptors, connections."""
+    from aiproxy.app import Service
+
+    built: list[Service] = []
+
+    def build(*args: Any) -> Service:
+        built.append(Service(*args))
+        return built[-1]
+
+    monkeypatch.setattr("aiproxy.app.Service", build)
+    yield
+    for service in built:
+        service.close()
+
+
 @pytest.fixture
 def config_of() -> Callable[..., dict[str, Any]]:
     """Spell a configuration: upstreams, named a, b, ... with tokens sk-test-a, ..., and more top-level keys.

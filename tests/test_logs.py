@@ -696,7 +696,15 @@ def test_an_error_without_a_secret_in_it_passes_byte_for_byte():
     assert logs.Redactor([]).answer(body) == body
 
 
-def test_the_client_s_copy_of_an_error_is_without_the_upstream_s_token():
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_client_s_copy_of_an_error_is_without_the_upstream_s_token(upstream, stream):
+    fake = upstream(error(401, message=f"{TOKEN} is no key", headers=[("request-id", "req_1")]))
+    response = in_process(fake).post("/v1/messages", json=ask(stream=stream))
+    assert (response.status_code, response.json["error"]["message"]) == (401, "[redacted] is no key")
+    assert response.content_length == len(response.data)
+
+
+def test_only_the_token_goes_from_the_client_s_copy():
     said = logs.Redactor([TOKEN]).answer(f'{{"error":"{TOKEN} is wrong"}}'.encode())
     assert said == b'{"error":"[redacted] is wrong"}'
 

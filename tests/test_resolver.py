@@ -14,18 +14,19 @@ FOUND = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("192.0.2.7", 443))]
 
 
 class Lookups:
-    """A `getaddrinfo` that waits for `gate` and then gives `answer`, or raises it."""
+    """A `getaddrinfo` that waits for `gate`, but for `ready` names, and then gives or raises `answer`."""
 
     def __init__(self):
         self.gate = threading.Event()
         self.answer = FOUND
+        self.ready = set()
         self.asked = []
         self.began = threading.Semaphore(0)
 
     def __call__(self, host, port, *args, **kwargs):
         self.asked.append((host, port))
         self.began.release()
-        assert self.gate.wait(10)
+        assert host in self.ready or self.gate.wait(10)
         if isinstance(self.answer, BaseException):
             raise self.answer
         return list(self.answer)
@@ -91,12 +92,14 @@ def test_all_who_want_a_name_share_one_lookup(lookups):
     assert lookups.asked == [("api.example", 443)]
 
 
-def test_other_names_do_not_wait_for_one_that_hangs(lookups):
+@pytest.mark.parametrize("other", [("api.example", 443), ("hangs.example", 8443)])
+def test_other_names_and_ports_do_not_wait_for_one_that_hangs(lookups, other):
     one = Resolver()
     with pytest.raises(TimeoutError):
-        one.resolve("hangs.example", 443, 0.05)
-    lookups.gate.set()
-    assert one.resolve("api.example", 443, 1) == FOUND
+        one.resolve("hangs.example", 443, 0.02)
+    lookups.ready.add(other[0])
+    assert one.resolve(*other, 1) == FOUND
+    assert lookups.asked == [("hangs.example", 443), other]
 
 
 def test_a_name_is_looked_up_anew_when_nobody_waits(lookups):

@@ -279,7 +279,9 @@ def test_what_is_read_away_is_bounded_in_time(monkeypatch):
 def test_a_client_that_stops_sending_is_not_waited_for_longer_than_that(monkeypatch):
     monkeypatch.setattr(upload, "DROP_SECONDS", 0.1)
     ours, theirs = socket.socketpair()
+    hangs_up = threading.Timer(2, theirs.close)  # else nothing would end a wait without end
     with ours, theirs, ours.makefile("rb", buffering=0) as stream:
+        hangs_up.start()
         theirs.send(b"x" * 100)
         overrides = {"wsgi.input": stream, "CONTENT_LENGTH": str(100 * MB), "gunicorn.socket": ours}
         began = time.monotonic()
@@ -287,6 +289,7 @@ def test_a_client_that_stops_sending_is_not_waited_for_longer_than_that(monkeypa
         assert response.status_code == 413
         assert 0.1 <= time.monotonic() - began < 0.4
         assert ours.gettimeout() is None  # gunicorn's next read blocks as before
+        hangs_up.cancel()
 
 
 def test_expect_100_continue_is_answered_and_goes_no_further(client, a):
@@ -309,6 +312,7 @@ def test_expect_100_continue_is_answered_and_goes_no_further(client, a):
     [
         b"content-length: 100\r\n\r\n{}",
         b"content-length: 100\r\n\r\n",
+        b"content-length: 999\r\n\r\n" + SPELT,  # what came would be a good request by itself
         b"transfer-encoding: chunked\r\n\r\n50\r\n{}",
         b"transfer-encoding: chunked\r\n\r\n2\r\n{}\r\n",
         b"transfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n",

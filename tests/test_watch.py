@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import os
 import threading
 import time
 import weakref
@@ -220,3 +221,16 @@ def test_a_thread_that_cannot_be_started_is_started_by_the_next_deadline(monkeyp
             watcher.deadline(Call(), LONG, Reason.TIMEOUT)
     watcher.deadline(call, 0.0, Reason.TIMEOUT)
     assert call.aborted.wait(1)
+
+
+def test_a_closed_watcher_leaves_no_thread_and_no_descriptor_and_watches_nothing_more():
+    descriptors, threads = len(os.listdir("/proc/self/fd")), set(threading.enumerate())
+    watcher, call = Watcher(patience=60), Call()
+    watcher.deadline(call, LONG, Reason.TIMEOUT)
+    (thread,) = set(threading.enumerate()) - threads
+    watcher.close()
+    thread.join(5)
+    assert not thread.is_alive()
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+    watcher.deadline(call, 0.0, Reason.TIMEOUT).cancel()
+    assert not call.aborted.is_set()
