@@ -55,7 +55,7 @@ class Relay:
         self._held = held
         self._framer = framer
         self._owner = owner
-        self._bytes = 0
+        self.bytes = 0  # handed out so far
         self._stopped = False  # message_stop went by: the answer is complete, whatever follows
         self._ends: float | None = None  # when to wait for the body's end no longer
         self._erred = False  # an error event went by: the client knows
@@ -65,6 +65,7 @@ class Relay:
         self._cut: Callable[[], None] = _nothing
         self._on_end: Callable[[End], None] = _nothing
         self._on_stop: Callable[[], None] = _nothing
+        self._on_last: Callable[[], None] = _nothing
         self._on_close: Callable[[], None] = _nothing
 
     def bind(
@@ -83,9 +84,10 @@ class Relay:
         self._cut = cut
         self._on_end = on_end
 
-    def on_close(self, leave: Callable[[], None]) -> None:
-        """`leave` is called when the server closes the body."""
-        self._on_close = leave
+    def watch(self, on_last: Callable[[], None], on_close: Callable[[], None]) -> None:
+        """`on_last` is called before the body's end goes out, `on_close` when the server closes the body."""
+        self._on_last = on_last
+        self._on_close = on_close
 
     def __iter__(self) -> "Relay":
         return self
@@ -99,7 +101,7 @@ class Relay:
                 block = self._held.popleft() if self._held else self._framer.feed(next(self._pieces))
                 if block:
                     self._note(block)
-                    self._bytes += len(block)
+                    self.bytes += len(block)
                     return block
             except StopIteration:
                 if not self._stopped and not self._erred:
@@ -164,7 +166,8 @@ class Relay:
         self._call.close()
         outcomes = {"complete": Outcome.SUCCESS, "client_left": Outcome.UNDECIDED}
         self._owner.settle(outcomes.get(how, Outcome.FAILURE))
-        self._on_end(End(how, self._bytes, detail))
+        self._on_last()
+        self._on_end(End(how, self.bytes, detail))
 
 
 def _nothing(*_: object) -> None:

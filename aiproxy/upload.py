@@ -63,6 +63,17 @@ class Upload:
         while left > 0 and time.monotonic() < ends and (piece := self._any()):
             left -= len(piece)
         deadline.cancel()
+        self._spoilt |= left <= 0 or time.monotonic() >= ends
+
+    def end(self) -> None:
+        """After the answer: a connection on which a part of the upload is still to come is no good.
+
+        What comes would be read as the next request, and gunicorn's main thread would wait two seconds
+        for the client to close, and accept nobody meanwhile.
+        """
+        if self._spoilt and self._client is not None:
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(self._client, socket.SHUT_RDWR)
 
     def abort(self, reason: Reason) -> None:
         """End the upload: from here on it reads as ended, and the answer can still be sent."""
@@ -75,6 +86,7 @@ class Upload:
         try:
             return self._read(_PIECE // 16, DROP_SECONDS)
         except Exception:  # as above; the answer may still reach the client
+            self._spoilt = True
             return b""
 
     def _piece(self, size: int) -> bytes:

@@ -30,6 +30,7 @@ from .relay import Relay
 from .upload import Upload
 from .upstream import MESSAGES
 from .watch import Client, Scope, Watcher
+from .whole import Whole
 
 #: Paths that clients and monitors probe; answered at once, in silence and to everyone.
 _PROBES = ("/", "/api/hello")
@@ -78,11 +79,25 @@ class Visit:
         if client is not None:
             self._client = self._watcher.client(client, self.scope)
 
+    def see_out(self, content: bytes | Relay) -> Relay | Whole:
+        """The response body: its last bytes free the place in flight, its close ends the watch."""
+        if isinstance(content, Relay):
+            content.watch(on_last=self._slot.leave, on_close=self._unwatch)
+            body: Relay | Whole = content
+        else:
+            body = Whole(content, on_last=self._slot.leave, on_close=self._unwatch)
+        if self._client is not None:
+            self._client.follow(lambda: body.bytes)
+        return body
+
     def leave(self) -> None:
-        """The response is closed."""
+        """There will be no response."""
+        self._unwatch()
+        self._slot.leave()
+
+    def _unwatch(self) -> None:
         if self._client is not None:
             self._client.cancel()
-        self._slot.leave()
 
 
 def create_blueprint(doors: Doors) -> flask.Blueprint:
@@ -169,17 +184,15 @@ def _forwarded(doors: Doors, forward: Forward, path: str | None = None) -> flask
             request = msgspec.structs.replace(request, path=path)
         visit.watch(flask.request.environ.get("gunicorn.socket"))
         reply = forward(request, _cutter())
-        response = _response(reply.status, reply.headers, reply.body)
+        return _response(reply.status, reply.headers, visit.see_out(reply.body))
     except ApiError as error:
-        response = _refusal(error)
+        try:
+            return _refusal(error)  # in its place in flight: what reads a body away takes a thread
+        finally:
+            visit.leave()
     except BaseException:
         visit.leave()
         raise
-    if isinstance(response.response, Relay):
-        response.response.on_close(visit.leave)
-    else:
-        response.call_on_close(visit.leave)
-    return response
 
 
 def _check_key(keys: Keys) -> str | None:
@@ -250,11 +263,12 @@ def _cutter() -> Cut:
     return cut
 
 
-def _response(status: int, headers: Pairs, content: bytes | Relay) -> flask.Response:
-    response = Response(content, status=status_line(status), direct_passthrough=isinstance(content, Relay))
+def _response(status: int, headers: Pairs, content: bytes | Relay | Whole) -> flask.Response:
+    in_pieces = not isinstance(content, bytes)
+    response = Response(content, status=status_line(status), direct_passthrough=in_pieces)
     response.headers.clear()
     response.headers.extend(headers)
-    if isinstance(content, bytes):
+    if not isinstance(content, Relay):
         response.headers["content-length"] = str(len(content))
     return response
 
@@ -277,7 +291,9 @@ def _refusal(error: ApiError, headers: Pairs | None = None) -> flask.Response:
         status=error.status,
         reason=error.message,
     )
-    return _own(error.status, error.body(request_id), headers)
+    response = _own(error.status, error.body(request_id), headers)
+    response.call_on_close(flask.g.upload.end)
+    return response
 
 
 def _log_arrival(request: Request, redactor: logs.Redactor, limit: int) -> None:

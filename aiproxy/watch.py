@@ -16,6 +16,7 @@ import struct
 import termios
 import threading
 import time
+from collections.abc import Callable
 from enum import Enum
 from typing import Protocol
 
@@ -86,12 +87,17 @@ class Client:
         self.descriptor = sock.fileno()
         self.scope = scope
         self._patience = patience
-        self._progress: tuple[int, int] = (0, 0)
+        self._handed_out: Callable[[], int] = int
+        self._progress: tuple[int, int, int] = (0, 0, 0)
         self._since = time.monotonic()
 
     def cancel(self) -> None:
         """Watch no longer; idempotent."""
         self._watcher.forget(self)
+
+    def follow(self, handed_out: Callable[[], int]) -> None:
+        """`handed_out`: how many bytes the server has been given for it so far."""
+        self._handed_out = handed_out
 
     def has_left(self) -> bool:
         """Whether the other side has closed, or shut its sending side, which nginx does as it leaves."""
@@ -103,7 +109,7 @@ class Client:
 
     def has_stalled(self, now: float) -> bool:
         """Whether bytes have been waiting for it, none of which it took for as long as it may."""
-        progress = _progress(self.socket)
+        progress = (*_progress(self.socket), self._handed_out())
         if progress != self._progress or progress[0] == 0:
             self._progress = progress
             self._since = now

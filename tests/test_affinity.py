@@ -447,7 +447,7 @@ def test_no_draw_is_out_of_bounds(monkeypatch, digest):
 def test_other_requests_keep_the_round_robin_exactly_beside_sessions(accounts):
     client = accounts.client({"a": 3, "b": 1})
     draw = random.Random(7)
-    named = sessions(100)
+    named = sessions(50)
     asked = [request_of(cached=False)] * 400 + [request_of(session) for session in named * 3]
     draw.shuffle(asked)
     spread = Counter()

@@ -358,10 +358,10 @@ def test_three_hundred_to_one_hundred_stays_exact_with_counts_in_between():
         messages, counts = Counter(), Counter()
         for number in range(400):
             messages[maker(message(client))] += 1
-            for _ in range(number % 3):
+            for _ in range(number % 2):
                 counts[maker(count(client))] += 1
     assert messages == {"a": 300, "b": 100}
-    assert 50 < counts["b"] < 150, "counts are spread by weight too, though by chance (100)"
+    assert 20 < counts["b"] < 80, "counts are spread by weight too, though by chance (50)"
 
 
 def test_a_session_is_counted_where_its_cache_is(upstream):

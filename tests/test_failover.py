@@ -400,6 +400,13 @@ def test_a_redirect_s_body_is_not_waited_for(upstream, proxy):
     assert time.monotonic() - began < 1
 
 
+@pytest.mark.parametrize("status", [401, 402, 408, 429, 500, 529, 599])
+def test_a_status_of_the_upstream_s_own_counts_though_no_other_answers(upstream, proxy, status):
+    one = proxy(upstream(error(status)))
+    assert one.ask().status == status
+    assert one.outcomes() == [["failure"]]
+
+
 def test_a_redirect_is_not_followed(upstream, proxy):
     elsewhere = upstream()
     a = upstream(whole(307, b"", headers=[("location", f"{elsewhere.url}/v1/messages")]))
@@ -505,6 +512,22 @@ def test_a_connection_that_goes_stale_during_the_upload_costs_nothing(upstream, 
     assert one.ask(question=question).status == 200
     assert a.seen[-1].body == question
     assert one.outcomes() == [["success", "success"]]
+
+
+def test_the_second_try_is_on_a_fresh_connection_though_others_are_kept(upstream, proxy):
+    gate = threading.Event()
+    a, b = upstream(default=close_if_reused(later(gate, answer()))), upstream()
+    one = proxy({"base_url": a, "weight": 99}, b)
+    threads = [threading.Thread(target=one.ask) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    a.wait_for(3)
+    gate.set()
+    for thread in threads:
+        thread.join(5)
+    given = one.ask()
+    assert (given.upstream, given.attempts, a.connections) == ("a", 1, 4)
+    assert one.outcomes("a") == [["success"] * 4]
 
 
 @pytest.mark.parametrize("dies", [close_now(), reset_now(), sent(b"20")])
@@ -1262,7 +1285,13 @@ def test_an_error_body_of_16_mb_passes(upstream, proxy):
 
 def test_what_comes_before_the_first_content_is_bounded(upstream, proxy):
     comment = b":" + b"x" * (MB - 3) + b"\n\n"
-    one = proxy(upstream(pouring(EVENTS_200, comment, 70)), upstream())
+
+    def reply(wire, request):
+        pouring(EVENTS_200 + b"connection: close", comment, 64)(wire, request)
+        wire.send(b"".join(message_events()))
+        wire.close()
+
+    one = proxy(upstream(reply), upstream())
     assert one.ask(stream=True).upstream == "b"
     assert one.outcomes() == [["failure"], ["success"]]
 

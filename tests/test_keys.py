@@ -310,7 +310,7 @@ def test_a_large_upload_with_a_wrong_key_sees_its_401_and_is_not_kept(upstream, 
     assert refused.json()["error"]["type"] == "authentication_error"
     assert _memory(served, "VmHWM")[1] - before < 8 << 10
     with RawClient.to(served.url) as client:
-        client.request("POST", "/v1/messages", body, [x_api_key("wrong")], chunked=True)
+        client.request("POST", "/v1/messages", body[:1_000_000], [x_api_key("wrong")], chunked=True)
         assert client.read().status == 401
     with RawClient.to(served.url) as client:
         client.post({"model": MODEL}, headers=[("AUTHORIZATION", f"BEARER {ALICE}")])
@@ -326,24 +326,20 @@ def test_a_large_upload_with_a_wrong_key_sees_its_401_and_is_not_kept(upstream, 
 
 
 def test_the_configuration_refuses_other_machines_without_keys(upstream, serve, config_of):
-    config = config_of([upstream()])
-    starts = {bind: serve({**config, "bind": bind}, wait=False) for bind in ("0.0.0.0", "::", "192.0.2.1")}
-    for bind, served in starts.items():
-        assert served.wait_exit() == 1
-        [line] = served.stderr.splitlines()
-        for part in (f'bind: is "{bind}"', "api_keys", "allow_anonymous"):
-            assert part in line
+    served = serve(config_of([upstream()], bind="0.0.0.0"), wait=False)
+    assert served.wait_exit() == 1
+    [line] = served.stderr.splitlines()
+    for part in ('bind: is "0.0.0.0"', "api_keys", "allow_anonymous"):
+        assert part in line
 
 
-@pytest.mark.parametrize(
-    "given",
-    ["--bind 0.0.0.0:{}", "-b [::]:{}", "--bind :{}", "--bind 127.0.0.1:{} --bind 0.0.0.0:{}"],
-)
-def test_so_does_a_start_whose_bind_is_gunicorn_s(upstream, serve, config_of, given):
-    config, spelt = config_of([upstream()]), given.format(free_port(), free_port())
+def test_so_does_a_start_whose_bind_is_gunicorn_s(upstream, serve, config_of):
+    config, port = config_of([upstream()]), free_port()
     starts = [
-        serve(config, gunicorn_args=spelt.split(), wait=False),
-        serve(config, env={"GUNICORN_CMD_ARGS": spelt}, wait=False),
+        serve(config, wait=False, gunicorn_args=["--bind", f"0.0.0.0:{port}"]),
+        serve(config, wait=False, gunicorn_args=["-b", f"127.0.0.1:{port}", "-b", f"[::]:{port}"]),
+        serve(config, wait=False, env={"GUNICORN_CMD_ARGS": f"--bind 0.0.0.0:{port}"}),
+        serve(config, wait=False, env={"GUNICORN_CMD_ARGS": f"--bind :{port}"}),
     ]
     for served in starts:
         assert served.wait_exit() == 1
@@ -379,15 +375,14 @@ def test_so_does_a_start_on_a_socket_that_it_inherits(upstream, config_of, tmp_p
 def test_keys_or_allow_anonymous_let_it_start_for_other_machines_and_loopback_warns(
     upstream, serve, config_of
 ):
-    fake = upstream()
-    warning = "warning: no api_keys"
-    given = {"env": {"GUNICORN_CMD_ARGS": f"--bind 0.0.0.0:{(port := free_port())}"}}
+    fake, port = upstream(), free_port()
+    given = {"GUNICORN_CMD_ARGS": f"--bind 0.0.0.0:{port}"}
     starts = {
-        "keys": serve(config_of([fake], bind="0.0.0.0", api_keys=[ALICE]), wait=False),
+        "keys": serve(config_of([fake], api_keys=[ALICE], listen=port), env=given, wait=False),
         "anonymous": serve(config_of([fake], bind="0.0.0.0", allow_anonymous=True), wait=False),
-        "given": serve(config_of([fake], api_keys=[ALICE], listen=port), wait=False, **given),
         "loopback": serve(config_of([fake]), wait=False),
     }
+    warning = "warning: no api_keys"
     for served in starts.values():
         served.wait_for_log("aiproxy serves")
         served.wait_until_ready()

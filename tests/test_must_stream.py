@@ -194,6 +194,12 @@ def test_one_large_block_costs_no_more_than_its_size(upstream, proxy):
     assert time.monotonic() - began < 2
 
 
+def test_one_event_of_several_mb_is_read_as_a_whole(upstream, proxy):
+    body = b"".join([START, BLOCK, *text_of(b"x" * 6 * MB), *EVENTS[-3:]])
+    given = proxy(upstream(events([body]))).ask()
+    assert given.json()["content"][0]["text"] == "x" * 6 * MB
+
+
 # -------------------------------------------------------------------------- tool inputs that are cut off
 
 

@@ -475,6 +475,16 @@ def test_a_client_that_leaves_does_not_charge_the_last_failures_again(upstream, 
     assert not one.breakers["a"].usable()  # the client that left did not count as a success either
 
 
+def test_the_end_of_a_stream_is_logged_once(upstream, proxy, capsys):
+    one = proxy(upstream(events(EVENTS), events(EVENTS[:5], then="cut")))
+    for outcome in ("complete", "broken"):
+        given = one.ask(stream=True)
+        given.leave()
+        given.next()
+        lines = [line for line in capsys.readouterr().out.splitlines() if " done " in line]
+        assert [f"outcome={outcome}" in line for line in lines] == [True]
+
+
 def test_a_body_is_settled_once_whatever_is_asked_of_it_after_its_end(upstream, proxy):
     one = proxy(upstream(events(EVENTS), events(EVENTS[:5], then="cut")))
     for ending, outcomes in (("end", ["success"]), ("cut", ["success", "failure"])):
@@ -548,13 +558,15 @@ def test_a_broken_stream_does_not_end_cleanly_on_the_wire(upstream, wire):
 
 
 def test_a_client_that_does_not_close_after_a_break_holds_up_nobody(upstream, wire):
-    served, ask = wire(upstream(*[events(EVENTS[:5], then="cut")] * 2))
-    for _ in range(2):
-        assert ask().read().ending == "cut"  # and its socket stays open
+    broken = [events(EVENTS[:5], then="cut")] * 4
+    served, ask = wire(upstream(*broken), breaker={"failures": 99})
+    ask({**QUESTION, "model": ""}).read()  # to wake the first thread
     began = time.monotonic()
+    # Their sockets stay open, and gunicorn's main thread, which alone accepts, waits for them to close.
+    assert [ask().read().ending for _ in broken] == ["cut"] * 4
     got = ask().read()
     assert (got.status, got.ending) == (200, "end")
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 1.5
     assert "Traceback" not in served.stderr + "\n".join(served.stdout_lines())
 
 

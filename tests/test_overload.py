@@ -1,0 +1,533 @@
+"""Overload: one request too many is told so at once, and a place in flight is given back on every path.
+
+One gunicorn with a single place in flight serves most tests: whatever loses the place fails the test itself.
+Its `aiproxy.upload` waits for tenths of seconds where the real one waits for half a minute.
+"""
+
+import itertools
+import json
+import re
+import socket
+import statistics
+import sys
+import threading
+import time
+from contextlib import ExitStack, contextmanager
+
+import pytest
+import yaml
+from conftest import ROOT, Served
+from fakes import (
+    HOST,
+    FakeUpstream,
+    RawClient,
+    answer,
+    close_now,
+    error,
+    error_event,
+    events,
+    free_port,
+    hang,
+    message_events,
+    message_json,
+    whole,
+)
+
+MB = 1024 * 1024
+IDLE = 0.3
+SILENCE = 0.3
+DROP_SECONDS = 0.3
+KEY = ("x-api-key", "key-of-alice")
+ASK = {"model": "claude-x", "max_tokens": 16, "messages": [{"role": "user", "content": "Hi"}]}
+STREAM = {**ASK, "stream": True}
+HEAD = f"POST /v1/messages HTTP/1.1\r\nhost: {HOST}\r\nx-api-key: {KEY[1]}\r\n"
+BEGUN = message_events(["one ", "two ", "three"])[:4]
+
+# The proxy as it is, but in a hurry, and with a model that meets a bug of ours.
+HURRY = f"""
+import aiproxy.upload
+
+aiproxy.upload.SILENCE = {SILENCE}
+aiproxy.upload.DROP_SECONDS = {DROP_SECONDS}
+
+import os
+
+import aiproxy.forwarder
+from aiproxy.app import create_app
+from aiproxy.config import load, path_from
+
+forward = aiproxy.forwarder.Forwarder.forward
+
+
+def with_a_bug(self, request, cut):
+    if request.body.model == "claude-bug":
+        raise ZeroDivisionError("a bug")
+    return forward(self, request, cut)
+
+
+aiproxy.forwarder.Forwarder.forward = with_a_bug
+app = create_app(load(path_from(os.environ)))
+"""
+
+
+def start(directory, config, *gunicorn_args):
+    """Serve a configuration in a hurry."""
+    (directory / "wsgi.py").write_text(HURRY, encoding="utf-8")
+    path = directory / "config.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    command = [sys.executable, "-m", "gunicorn", "-c", str(ROOT / "gunicorn.conf.py"), "wsgi:app"]
+    environment = {"AIPROXY_CONFIG": str(path), "PYTHONPATH": str(ROOT)}
+    command += ["--graceful-timeout", "2", *gunicorn_args]
+    return Served(command, directory, environment, config["listen"])
+
+
+@pytest.fixture(scope="module")
+def proxy(tmp_path_factory):
+    upstream_port, port = free_port(), free_port()
+    directory = tmp_path_factory.mktemp("overload")
+    sock = directory / "socket"
+    config = {
+        "listen": port,
+        "max_body_mb": 1,
+        "max_in_flight": 1,
+        "api_keys": [KEY[1]],
+        "timeouts": {"connect": 2, "first_byte": 10, "answer": 10, "idle": IDLE},
+        "breaker": {"failures": 10**6, "cooldown": 0},
+        "upstreams": [
+            {
+                "name": "a",
+                "base_url": f"http://{HOST}:{upstream_port}",
+                "token": "sk-test-a",
+                "available_models": ["claude-x", "claude-bug"],
+            }
+        ],
+    }
+    served = start(directory, config, "--bind", f"{HOST}:{port}", "--bind", f"unix:{sock}")
+    served.upstream_port = upstream_port
+    served.socket = str(sock)
+    try:
+        served.wait_until_ready()
+        yield served
+    finally:
+        served.stop()
+
+
+@pytest.fixture
+def a(proxy):
+    with FakeUpstream(port=proxy.upstream_port) as upstream:
+        yield upstream
+
+
+@contextmanager
+def asking(url, body, **options):
+    """A client of its own that has sent this request."""
+    with RawClient.to(url) as client:
+        client.post(body, headers=[KEY], **options)
+        yield client
+
+
+def ask(url, body=ASK, **options):
+    with asking(url, body, **options) as client:
+        return client.read()
+
+
+def assert_a_place_is_free(url):
+    """At the latest a moment after an answer's last byte."""
+    limit = time.monotonic() + 0.5
+    while (reply := ask(url)).status == 529 and time.monotonic() < limit:
+        time.sleep(0.005)
+    assert reply.status == 200
+
+
+def assert_busy(reply):
+    assert (reply.status, reply.ending) == (529, "end")
+    assert reply.header("retry-after") == "1"
+    assert reply.header("content-type") == "application/json"
+    told = reply.json()
+    assert (told["type"], told["error"]["type"]) == ("error", "overloaded_error")
+    assert told["request_id"] == reply.header("request-id")
+
+
+@contextmanager
+def place_taken(proxy, upstream):
+    """While the only place in flight is a stream's."""
+    gate = threading.Event()
+    upstream.script(events([*BEGUN, gate, *message_events(["one ", "two ", "three"])[4:]]))
+    with asking(proxy.url, STREAM) as client:
+        stream = client.answer()
+        next(stream.pieces())
+        yield
+        gate.set()
+        assert stream.read().ending == "end"
+        assert b"message_stop" in stream.body
+
+
+# --------------------------------------------------------------------------------------- the next request
+
+
+def test_one_request_too_many_is_told_so_within_milliseconds(proxy, a):
+    assert_a_place_is_free(proxy.url)
+    seen = len(a.seen) + 1
+    with place_taken(proxy, a):
+        took = []
+        for n in range(40):
+            with RawClient.to(proxy.url) as client:
+                began = time.monotonic()
+                client.post(STREAM if n % 2 else ASK, headers=[KEY])
+                assert_busy(client.read())
+                took.append(time.monotonic() - began)
+        print(f"529 after {statistics.median(took) * 1e3:.1f} ms (median), {max(took) * 1e3:.1f} ms (most)")
+        assert statistics.median(took) < 0.1
+        assert len(a.seen) == seen
+    assert_a_place_is_free(proxy.url)
+
+
+@pytest.mark.parametrize("size", [MB - 1000, 20 * MB])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_its_large_body_is_read_and_thrown_away_and_the_connection_is_kept(proxy, a, size, chunked):
+    body = b'{"model": "claude-x", "padding": "' + b"x" * size + b'"}'
+    with place_taken(proxy, a), RawClient.to(proxy.url) as client:
+        client.request("POST", "/v1/messages", body, [KEY], chunked)
+        assert_busy(client.read())
+        client.post(ASK, headers=[KEY])
+        assert_busy(client.read())
+
+
+def test_who_has_no_key_is_told_that_it_is_busy_too(proxy, a):
+    # The key is looked at once there is room for the request: its body is thrown away in both cases.
+    with place_taken(proxy, a), RawClient.to(proxy.url) as client:
+        client.post(ASK)
+        assert client.read().status in (401, 529)
+
+
+@pytest.mark.parametrize("path", ["/v1/messages/count_tokens", "/v1/messages?beta=true"])
+def test_whatever_goes_to_an_upstream_needs_a_place(proxy, a, path):
+    with place_taken(proxy, a):
+        assert_busy(ask(proxy.url, ASK, target=path))
+
+
+def test_probes_models_and_unknown_paths_are_answered_while_every_place_is_taken(proxy, a):
+    with place_taken(proxy, a), RawClient.to(proxy.url) as client:
+        began = time.monotonic()
+        for method, path, status in [
+            ("GET", "/", 200),
+            ("HEAD", "/", 200),
+            ("HEAD", "/api/hello", 200),
+            ("GET", "/v1/models", 200),
+            ("GET", "/v1/models/claude-x", 200),
+            ("GET", "/v1/files", 404),
+            ("GET", "/v1/messages", 405),
+        ]:
+            client.request(method, path, headers=[KEY])
+            assert client.read().status == status
+        assert time.monotonic() - began < 1
+
+
+def test_the_refusal_is_logged_with_its_status(proxy, a):
+    since = len(proxy.stdout_lines())
+    with place_taken(proxy, a):
+        reply = ask(proxy.url)
+        proxy.wait_for_log(rf"refused id={reply.json()['request_id']} status=529", since=since)
+
+
+@pytest.mark.parametrize(("limit", "threads", "places"), [(3, 64, 3), (None, 11, 3), (None, 4, 1)])
+def test_so_many_are_served_at_a_time_and_probes_beside_them(
+    upstream, serve, config_of, limit, threads, places
+):
+    gate = threading.Event()
+    fake = upstream(default=events([*BEGUN, gate, *message_events(["one ", "two ", "three"])[4:]]))
+    extra = {"max_in_flight": limit} if limit else {}
+    served = serve(config_of([fake], **extra), gunicorn_args=["--threads", str(threads)])
+    with ExitStack() as stack:
+        streams = [stack.enter_context(asking(served.url, STREAM)).answer() for _ in range(places)]
+        assert [stream.status for stream in streams] == [200] * places
+        for _ in range(3):
+            assert_busy(ask(served.url))
+        for path in ("/", "/api/hello"):
+            with RawClient.to(served.url) as client:
+                client.request("GET", path)
+                assert client.read().status == 200
+        gate.set()
+        assert {stream.read().ending for stream in streams} == {"end"}
+    fake.script(*[answer()] * places)
+    assert [ask(served.url).status for _ in range(places)] == [200] * places
+    assert len(fake.seen) == 2 * places
+
+
+# ------------------------------------------------------------------------------ a place is given back
+
+
+LARGE = b'{"model": "claude-x", "padding": "' + b"x" * MB + b'"}'
+NO_MODEL = {**ASK, "model": "claude-unknown"}
+
+ANSWERED = {
+    "a whole answer": (ASK, answer(), 200),
+    "a stream": (STREAM, answer(), 200),
+    "a stream of several events at once": (STREAM, events([b"".join(message_events())]), 200),
+    "an error of the upstream's": (ASK, error(429), 429),
+    "a stream that begins with an error": (STREAM, events([error_event()]), 529),
+    "no answer": (ASK, close_now(), 502),
+    "a wrong answer": (ASK, whole(200, b"<html>", content_type="text/html"), 502),
+    "an answer with odd headers": (ASK, whole(200, message_json(), [("x-odd", "a\r\n b"), ("x", "")]), 200),
+    "no JSON": (b"{", None, 400),
+    "no model": ({"messages": []}, None, 400),
+    "an unknown model": (NO_MODEL, None, 404),
+    "a large body": (LARGE, None, 413),
+    "a bug": ({**ASK, "model": "claude-bug"}, None, 500),
+}
+
+
+@pytest.mark.parametrize(("body", "reply", "status"), ANSWERED.values(), ids=ANSWERED)
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_place_is_given_back_after(proxy, a, body, reply, status, chunked):
+    if reply is not None:
+        a.script(reply)
+    with RawClient.to(proxy.url) as client:
+        client.request("POST", "/v1/messages", body, [KEY], chunked)
+        assert client.read().status == status
+        assert_a_place_is_free(proxy.url)
+        client.post(ASK, headers=[KEY])  # the connection was kept, and its next request finds a place too
+        assert client.read().status == 200
+
+
+def test_a_place_is_given_back_after_a_wrong_key(proxy, a):
+    with RawClient.to(proxy.url) as client:
+        client.post(LARGE, headers=[("x-api-key", "wrong")])
+        assert client.read().status == 401
+    assert_a_place_is_free(proxy.url)
+
+
+@pytest.mark.parametrize("then", ["cut", "reset", "hang", "end"])
+def test_a_place_is_given_back_after_a_broken_stream(proxy, a, then):
+    a.script(events(BEGUN, then=then))
+    assert ask(proxy.url, STREAM).ending in ("cut", "reset")
+    assert_a_place_is_free(proxy.url)
+
+
+def test_a_place_is_given_back_after_a_stream_that_ends_in_an_error_event(proxy, a):
+    a.script(events([*BEGUN, error_event()]))
+    assert b"overloaded_error" in ask(proxy.url, STREAM).body
+    assert_a_place_is_free(proxy.url)
+
+
+def test_a_place_is_given_back_after_a_wrong_method_and_a_request_without_a_body(proxy, a):
+    for method, status in (("HEAD", 405), ("OPTIONS", 405), ("POST", 400)):
+        with RawClient.to(proxy.url) as client:
+            client.request(method, "/v1/messages", headers=[KEY])
+            assert client.read().status == status
+        assert_a_place_is_free(proxy.url)
+
+
+@pytest.mark.parametrize("body", [ASK, STREAM])
+def test_a_place_is_given_back_when_the_client_leaves(proxy, a, body):
+    a.script(events(BEGUN, then="hang") if body is STREAM else hang())
+    with asking(proxy.url, body):
+        a.wait_for(1)
+    assert_a_place_is_free(proxy.url)
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_a_passed_on_model_list_s_place_is_given_back(upstream, serve, config_of, method):
+    served = serve(config_of([upstream()], max_in_flight=1))  # it lists no models
+    for target in ("/v1/models", "/v1/models/claude-x", "/v1/models"):
+        with RawClient.to(served.url) as client:
+            client.request(method, target)
+            assert client.read().status in (200, 405)
+    assert_a_place_is_free(served.url)
+
+
+# -------------------------------------------------------------------------------------------- uploads
+
+
+def test_an_upload_is_in_flight_from_its_head_on(proxy, a):
+    spelt = json.dumps(ASK).encode()
+    with RawClient.to(proxy.url) as client:
+        client.send(f"{HEAD}content-length: {len(spelt)}\r\n\r\n".encode() + spelt[:-1])
+        limit = time.monotonic() + 1
+        while (reply := ask(proxy.url)).status == 200 and time.monotonic() < limit:
+            pass  # its head may not have been read yet
+        assert_busy(reply)
+        client.send(spelt[-1:])
+        assert client.read().status == 200
+    assert_a_place_is_free(proxy.url)
+
+
+@pytest.mark.parametrize("body", [b"content-length: 100\r\n\r\n{", b"transfer-encoding: chunked\r\n\r\n"])
+def test_an_upload_that_falls_silent_is_a_408_and_its_place_is_free(proxy, a, body):
+    with RawClient.to(proxy.url) as client:
+        began = time.monotonic()
+        client.send(HEAD.encode() + body)
+        reply = client.read()
+        assert SILENCE <= time.monotonic() - began < SILENCE + 0.5
+        assert (reply.status, reply.json()["error"]["type"]) == (408, "timeout_error")
+        assert_a_place_is_free(proxy.url)
+        # Where the next request would begin is unknown: the thread and the connection are given up too.
+        assert client.wait_closed() - began < 2
+    assert not any(seen.body == b"{" for seen in a.seen)
+
+
+@pytest.mark.parametrize("body", [b"content-length: 100\r\n\r\n{", b"transfer-encoding: chunked\r\n\r\n5\r\n{"])
+def test_an_upload_that_breaks_off_is_a_400_and_its_place_is_free(proxy, a, body):
+    with RawClient.to(proxy.url) as client:
+        client.send(HEAD.encode() + body)
+        client.half_close()
+        reply = client.read()
+        assert (reply.status, reply.json()["error"]["type"]) == (400, "invalid_request_error")
+    assert_a_place_is_free(proxy.url)
+    since = len(proxy.stdout_lines())
+    with RawClient.to(proxy.url) as client:
+        client.send(HEAD.encode() + body)
+        client.reset()
+    proxy.wait_for_log("refused .*status=400", since=since)
+    assert_a_place_is_free(proxy.url)
+
+
+@pytest.mark.parametrize("why", [401, 404, 413, 529])
+def test_a_refused_upload_that_trickles_is_given_up(proxy, a, why):
+    head = HEAD if why != 401 else HEAD.replace(KEY[1], "wrong")
+    head = head if why != 404 else head.replace("/v1/messages", "/v1/files")
+    with ExitStack() as stack:
+        if why == 529:
+            stack.enter_context(place_taken(proxy, a))
+        client = stack.enter_context(RawClient.to(proxy.url))
+        client.send(f"{head}content-length: {20 * MB}\r\n\r\n".encode())
+        began = time.monotonic()
+        client.sock.settimeout(0.02)
+        for _ in range(100):
+            client.send(b"x")
+            try:
+                reply = client.read()
+                break
+            except TimeoutError:
+                pass
+        assert reply.status == why
+        assert DROP_SECONDS <= time.monotonic() - began < DROP_SECONDS + 0.5
+    assert_a_place_is_free(proxy.url)
+
+
+def test_what_follows_an_upload_that_was_given_up_is_no_request(proxy, a):
+    # It may be the rest of the body, whoever wrote that.
+    follows = f"{HEAD}content-length: 2\r\n\r\n{{}}".encode()
+    since = len(proxy.stdout_lines())
+    with RawClient.to(proxy.url) as client:
+        client.send(f"{HEAD}content-length: {20 * MB}\r\n\r\n".encode())
+        client.sock.settimeout(0.02)
+        reply = None
+        while reply is None:
+            client.send(b"x")
+            try:
+                reply = client.read()
+            except TimeoutError:
+                pass
+        client.sock.settimeout(5)
+        try:
+            client.send(follows)
+            client.wait_closed()
+        except OSError:
+            pass
+        assert bytes(client.raw).count(b"HTTP/1.1 ") == 1
+    assert sum("refused" in line for line in proxy.stdout_lines()[since:]) == 1
+
+
+# --------------------------------------------------------------------------------- clients that take nothing
+
+
+def slow_client(proxy, over):
+    """A connection whose receive buffer is small, so that what is not read soon waits at the proxy."""
+    if over == "unix":
+        sock = socket.socket(socket.AF_UNIX)
+        sock.connect(proxy.socket)
+    else:
+        sock = socket.socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        sock.connect((HOST, proxy.port))
+    sock.settimeout(5)
+    return RawClient.on(sock)
+
+
+TEXT = "0123456789abcdef" * (24 * MB // 16)
+
+
+def long_stream(then="end"):
+    """24 MB in a few hundred events."""
+    return events(message_events([TEXT[at : at + 65536] for at in range(0, len(TEXT), 65536)]), then=then)
+
+
+@pytest.mark.parametrize("over", ["tcp", "unix"])
+def test_a_client_that_takes_no_byte_of_a_stream_counts_as_one_that_left(proxy, a, over):
+    a.script(long_stream())
+    since = len(proxy.stdout_lines())
+    with slow_client(proxy, over) as client:
+        began = time.monotonic()
+        client.post(STREAM, headers=[KEY])
+        a.wait_for(1)
+        left_at = a.wait_left(1, 3)
+        assert IDLE <= left_at - began < IDLE + 1
+        proxy.wait_for_log("done .*outcome=client_left", since=since)
+        assert_a_place_is_free(proxy.url)
+        assert client.read().ending in ("cut", "reset")
+    assert "Traceback" not in proxy.stderr
+    assert not re.search(r"\bcircuit\b", "\n".join(proxy.stdout_lines()[since:]))
+
+
+@pytest.mark.parametrize("over", ["tcp", "unix"])
+def test_a_client_that_takes_no_byte_of_a_whole_answer_counts_as_one_that_left(proxy, a, over):
+    a.script(whole(200, message_json(TEXT)))
+    with slow_client(proxy, over) as client:
+        client.post(ASK, headers=[KEY])
+        a.wait_for(1)
+        began = time.monotonic()
+        while ask(proxy.url).status == 529:
+            assert time.monotonic() - began < IDLE + 1.5
+            time.sleep(0.02)
+        assert client.read().ending in ("cut", "reset")
+
+
+# How much is read at a time, and with which pause, and for how long in all.
+PACES = {"steadily": (65536, 0.01), "in gulps": (MB, 0.15)}
+
+
+@pytest.mark.parametrize(("size", "every"), PACES.values(), ids=PACES)
+@pytest.mark.parametrize("over", ["tcp", "unix"])
+@pytest.mark.parametrize("body", [ASK, STREAM], ids=["whole", "stream"])
+def test_a_slow_reader_is_not_cut_off(proxy, a, over, size, every, body):
+    a.script(long_stream() if body is STREAM else whole(200, message_json(TEXT)))
+    with slow_client(proxy, over) as client:
+        client.post(body, headers=[KEY])
+        sock, read = client.sock, bytearray()
+        began = time.monotonic()
+        while time.monotonic() - began < 4 * IDLE:
+            time.sleep(every)
+            data = sock.recv(size)
+            assert data, f"cut off after {time.monotonic() - began:.2f} s and {len(read)} bytes"
+            read += data
+        assert len(read) < 20 * MB, "the proxy had to wait for it"
+        while not read.endswith((b'"output_tokens": 5}}', b"0\r\n\r\n")):
+            data = sock.recv(MB)
+            assert data
+            read += data
+    head, _, received = bytes(read).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200")
+    if body is ASK:
+        assert received == message_json(TEXT)
+    else:
+        assert received.count(b"event: content_block_delta") == len(TEXT) // 65536
+    assert_a_place_is_free(proxy.url)
+
+
+@pytest.mark.parametrize("body", [ASK, STREAM], ids=["whole", "stream"])
+def test_a_client_that_waits_longer_than_that_for_its_answer_is_not_cut_off(proxy, a, body):
+    pauses = itertools.chain.from_iterable((0.15, piece) for piece in message_events())
+    if body is STREAM:
+        a.script(events([message_events()[0], 3 * IDLE, *pauses]))
+    else:
+        a.script(events([message_json()[:9], 3 * IDLE, message_json()[9:]], content_type="application/json"))
+    reply = ask(proxy.url, body)
+    assert (reply.status, reply.ending) == (200, "end")
+
+
+# Last, so that it has seen all of the above.
+def test_none_of_this_left_a_traceback_but_the_bug_s(proxy):
+    tracebacks = [line for line in proxy.stdout_lines() if "Error" in line and line.startswith("  | ")]
+    assert set(tracebacks) <= {"  | ZeroDivisionError: a bug"}
+    assert "Traceback" not in proxy.stderr
