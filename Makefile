@@ -11,7 +11,7 @@ run: .venv/installed
 	  AIPROXY_CONFIG=config.example.yaml exec $(BIN)/gunicorn wsgi:app; \
 	fi
 
-test: .venv/installed-dev
+test: .venv/installed-dev tests/typescript/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -26,5 +26,11 @@ test: .venv/installed-dev
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
+# The TypeScript SDK, where there is Node; its tests are skipped elsewhere.
+tests/typescript/installed: tests/typescript/package-lock.json
+	@if command -v npm >/dev/null; then npm ci --silent --no-audit --no-fund --prefix tests/typescript; \
+	  else echo "npm is missing: the tests of the TypeScript SDK will be skipped"; fi
+	@touch $@
+
 clean:
-	rm -rf .venv
+	rm -rf .venv tests/typescript/node_modules tests/typescript/installed

@@ -397,7 +397,7 @@ def test_a_redirect_s_body_is_not_waited_for(upstream, proxy):
     a, b = upstream(whole(302, b"", headers=[*REDIRECT, *NEVER_ENDS], then="hang")), upstream()
     began = time.monotonic()
     assert proxy(a, b).ask().upstream == "b"
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 3
 
 
 @pytest.mark.parametrize("status", [401, 402, 408, 429, 500, 529, 599])
@@ -459,7 +459,7 @@ def test_a_connection_that_does_not_come_about_in_time_counts(upstream, proxy):
         one = proxy(f"http://{HOST}:{port}", b, connect=0.15)
         began = time.monotonic()
         assert one.ask().upstream == "b"
-        assert 0.15 <= time.monotonic() - began < 1
+        assert 0.15 <= time.monotonic() - began < 3
     assert one.outcomes() == [["failure"], ["success"]]
 
 
@@ -484,7 +484,7 @@ def test_tls_that_never_shakes_hands_ends_at_the_connect_timeout(upstream, proxy
         one = proxy(f"https://{HOST}:{silent.getsockname()[1]}", b, connect=0.15)
         began = time.monotonic()
         assert one.ask().upstream == "b"
-        assert 0.15 <= time.monotonic() - began < 1
+        assert 0.15 <= time.monotonic() - began < 3
     assert one.outcomes() == [["failure"], ["success"]]
 
 
@@ -561,7 +561,7 @@ def test_a_reused_connection_that_breaks_after_a_byte_is_not_stale(upstream, pro
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_reused_connection_that_is_silent_is_not_stale(upstream, proxy, stream):
     a, b = upstream(answer(), hang()), upstream()
-    one = proxy({"base_url": a, "weight": 9}, b, first_byte=0.15, answer=0.15)
+    one = proxy({"base_url": a, "weight": 9}, b, first_byte=0.3, answer=0.3)
     one.ask()
     assert one.ask(stream).upstream == "b"
     assert seen(a) == [2]
@@ -569,12 +569,17 @@ def test_a_reused_connection_that_is_silent_is_not_stale(upstream, proxy, stream
 
 
 def test_the_fresh_connection_has_only_what_is_left_of_the_time(upstream, proxy):
-    a = upstream(answer(), later(0.2, close_now()), hang())
-    one = proxy(a, answer=0.3)
+    asked = []
+
+    def silent(wire, request):
+        asked.append(time.monotonic())
+        wire.hang()
+
+    a = upstream(answer(), later(0.3, close_now()), silent)
+    one = proxy(a, answer=0.6)
     one.ask()
-    began = time.monotonic()
     assert one.ask().status == 504
-    assert time.monotonic() - began < 0.45
+    assert a.wait_left(2) - asked[0] < 0.5
 
 
 def test_an_upstream_that_closes_after_every_answer_is_never_charged(upstream, proxy):
@@ -640,15 +645,24 @@ SILENT = [
 
 
 @pytest.mark.parametrize(("stream", "reply"), SILENT)
-def test_waiting_past_a_timeout_counts_and_the_next_upstream_answers(upstream, proxy, stream, reply):
-    a, b = upstream(reply), upstream()
-    one = proxy(a, b, **{"first_byte" if stream else "answer": 0.1})
+def test_waiting_past_a_timeout_ends_the_attempt_and_counts(upstream, proxy, stream, reply):
+    a = upstream(reply)
+    one = proxy(a, **{"first_byte" if stream else "answer": 0.1})
     began = time.monotonic()
     given = one.ask(stream, question={**QUESTION, "padding": "x" * 100_000})
-    assert 0.1 <= time.monotonic() - began < 1
+    assert 0.1 <= time.monotonic() - began < 3
+    assert (given.status, given.json()["error"]["type"]) == (504, "timeout_error")
+    assert one.outcomes() == [["failure"]]
+    a.wait_left()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_after_a_timeout_the_next_upstream_answers(upstream, proxy, stream):
+    a, b = upstream(head_only(then="hang")), upstream()
+    one = proxy(a, b, first_byte=0.25, answer=0.25)
+    given = one.ask(stream)
     assert (given.status, given.upstream, given.attempts) == (200, "b", 2)
     assert one.outcomes() == [["failure"], ["success"]]
-    a.wait_left()
 
 
 def test_a_whole_answer_is_not_bounded_by_first_byte_nor_a_stream_by_answer(upstream, proxy):
@@ -663,17 +677,17 @@ def test_an_upload_that_the_upstream_does_not_read_ends_at_the_timeout(upstream,
     question = json.dumps({**QUESTION, "padding": "x" * 16 * MB}).encode()
     began = time.monotonic()
     assert one.ask(question=question).status == 504
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 3
     assert one.outcomes() == [["failure"]]
 
 
 def test_the_connect_timeout_does_not_bound_the_upload(upstream, proxy):
     def reads_late(wire, request):
-        wire.pause(0.25)
+        wire.pause(0.3)
         whole(200, MESSAGE, headers=[("connection", "close")])(wire, request)
         wire.drain()
 
-    one = proxy(upstream(BeforeBody(reads_late)), connect=0.1)
+    one = proxy(upstream(BeforeBody(reads_late)), connect=0.2)
     assert one.ask(question={**QUESTION, "padding": "x" * 16 * MB}).status == 200
     assert one.outcomes() == [["success"]]
 
@@ -691,7 +705,7 @@ def test_a_second_timeout_ends_the_request(upstream, proxy, stream):
 
 def test_another_failure_between_two_timeouts_changes_nothing(upstream, proxy):
     a, b, c, d = upstream(hang()), upstream(close_now()), upstream(hang()), upstream()
-    given = proxy(a, b, c, d, answer=0.1).ask()
+    given = proxy(a, b, c, d, answer=0.2).ask()
     assert (given.status, given.attempts) == (504, 3)
     assert seen(d) == [0]
 
@@ -700,7 +714,7 @@ def test_connect_timeouts_do_not_count_as_timeouts(upstream, proxy):
     hanging, b = upstream(hang()), upstream()
     with blackhole() as port:
         dead = f"http://{HOST}:{port}"
-        one = proxy(dead, dead, dead, hanging, b, connect=0.08, answer=0.15)
+        one = proxy(dead, dead, dead, hanging, b, connect=0.12, answer=0.3)
         given = one.ask()
     assert (given.status, given.upstream, given.attempts) == (200, "e", 5)
 
@@ -1025,7 +1039,7 @@ def a_open(upstream, proxy):
     def start(*replies):
         a = upstream(close_now())
         others = [{"base_url": upstream(reply), "available_models": {"claude-x"}} for reply in replies]
-        one = proxy(a, *others, failures=1, answer=0.15)
+        one = proxy(a, *others, failures=1, answer=0.25)
         assert one.ask(question={**QUESTION, "model": "only-a"}).status == 502
         return one
 
@@ -1163,7 +1177,7 @@ SAID = {
     ],
 )
 def test_when_all_fail_the_client_gets_the_error_that_helps_it_most(upstream, proxy, said, status, name):
-    given = proxy(*(upstream(SAID[one]) for one in said), answer=0.06).ask()
+    given = proxy(*(upstream(SAID[one]) for one in said), answer=0.25 if "silent" in said else 5.0).ask()
     assert (given.status, given.upstream, given.attempts) == (status, name, len(said))
 
 
@@ -1179,7 +1193,7 @@ def test_when_all_fail_the_client_gets_the_error_that_helps_it_most(upstream, pr
     ],
 )
 def test_when_no_upstream_answered_at_all_the_error_is_our_own(upstream, proxy, said, status, type_):
-    given = proxy(*(upstream(SAID[one]) for one in said), answer=0.1).ask()
+    given = proxy(*(upstream(SAID[one]) for one in said), answer=0.25 if "silent" in said else 5.0).ask()
     assert (given.status, given.json()["error"]["type"]) == (status, type_)
     assert (given.upstream, given.attempts) == (None, len(said))
     assert given.header("content-type") == "application/json"

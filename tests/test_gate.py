@@ -57,7 +57,9 @@ def test_one_that_was_turned_away_took_no_place():
     assert len(taken(gate)) == 1
 
 
-@pytest.mark.parametrize(("threads", "places"), [(256, 248), (16, 8), (10, 2), (9, 1), (8, 1), (2, 1), (1, 1)])
+@pytest.mark.parametrize(
+    ("threads", "places"), [(256, 248), (16, 8), (10, 2), (9, 1), (8, 1), (2, 1), (1, 1)]
+)
 def test_without_a_limit_of_its_own_some_threads_are_kept_free_and_one_request_is_let_in(threads, places):
     gate = gate_of(None)
     gate.serve_with(threads)

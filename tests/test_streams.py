@@ -5,6 +5,7 @@ wire runs against a real gunicorn.
 """
 
 import gzip
+import itertools
 import json
 import random
 import threading
@@ -225,8 +226,8 @@ def test_nothing_of_the_failed_attempt_reaches_the_client(upstream, proxy):
 
 
 def test_after_the_commit_point_only_idle_bounds_a_stream(upstream, proxy):
-    a = upstream(events([*EVENTS[:3], 0.1, EVENTS[3], 0.1, *EVENTS[4:]]))
-    given = proxy(a, first_byte=0.15, answer=0.15, idle=1.0).ask(stream=True)
+    a = upstream(events([*EVENTS[:3], 0.2, EVENTS[3], 0.2, *EVENTS[4:]]))
+    given = proxy(a, first_byte=0.3, answer=0.3).ask(stream=True)
     assert (given.body, given.ending) == (WHOLE, "end")
 
 
@@ -320,10 +321,10 @@ def test_the_words_message_stop_in_a_text_stop_nothing(upstream, proxy):
 @pytest.mark.parametrize("framing", FRAMINGS)
 def test_silence_after_the_commit_point_ends_in_a_timeout_error(upstream, proxy, framing):
     a, b = upstream(events(EVENTS[:4], framing, then="hang")), upstream()
-    one = proxy(a, b, idle=0.15)
+    one = proxy(a, b, idle=0.2)
     began = time.monotonic()
     given = one.ask(stream=True)
-    assert 0.15 <= time.monotonic() - began < 1
+    assert 0.2 <= time.monotonic() - began < 3
     assert given.body.startswith(b"".join(EVENTS[:4]))
     assert error_in(given.body)["error"]["type"] == "timeout_error"
     assert (given.ending, given.upstream) == ("cut", "a")
@@ -332,7 +333,7 @@ def test_silence_after_the_commit_point_ends_in_a_timeout_error(upstream, proxy,
 
 
 def test_each_piece_starts_the_idle_time_anew(upstream, proxy):
-    one = proxy(upstream(events(EVENTS, gap=0.03)), idle=0.15)
+    one = proxy(upstream(events(EVENTS, gap=0.05)), idle=0.25)
     assert one.ask(stream=True).ending == "end"
 
 
@@ -340,7 +341,9 @@ def test_each_piece_starts_the_idle_time_anew(upstream, proxy):
 @pytest.mark.parametrize("ending", ["\n", "\r\n", "\r"])
 def test_an_error_event_of_the_upstream_is_relayed_as_it_is_and_counted(upstream, proxy, then, ending):
     told = error_event("overloaded_error").replace(b"\n", ending.encode())
-    one = proxy(upstream(events([*EVENTS[:4], told], then=then)), upstream(), idle=0.1)
+    one = proxy(
+        upstream(events([*EVENTS[:4], told], then=then)), upstream(), idle=0.2 if then == "hang" else 5.0
+    )
     given = one.ask(stream=True)
     assert given.body == b"".join(EVENTS[:4]) + told
     assert one.outcomes() == [["failure"], []]
@@ -383,7 +386,7 @@ def test_a_body_kept_open_after_message_stop_is_a_success_that_holds_nobody(
     one = proxy(a)
     began = time.monotonic()
     given = one.ask(stream=True)
-    assert 0.1 <= time.monotonic() - began < 0.6
+    assert 0.1 <= time.monotonic() - began < 3
     assert (given.body, given.ending) == (WHOLE, "end")
     assert one.outcomes() == [["success"]]
     a.wait_left()
@@ -397,13 +400,13 @@ def test_an_upstream_has_about_a_second_to_end_a_body_after_message_stop():
 
 def test_a_trickle_after_message_stop_holds_nobody_either(upstream, proxy, monkeypatch):
     monkeypatch.setattr("aiproxy.relay.AFTER_STOP", 0.1)
-    one = proxy(upstream(events([*EVENTS, *[PING] * 60], gap=0.02)))
+    one = proxy(upstream(events([*EVENTS, *[PING] * 500], gap=0.02)))
     given = one.begin(stream=True)
     while STOP not in given.pieces:
         assert given.next()
     began = time.monotonic()
     assert given.read().ending == "end"
-    assert time.monotonic() - began < 0.6
+    assert time.monotonic() - began < 3
     assert one.outcomes() == [["success"]]
 
 
@@ -547,7 +550,7 @@ def test_a_broken_stream_does_not_end_cleanly_on_the_wire(upstream, wire):
         events(EVENTS[:6], then="cut", cut_at=15),
         events(EVENTS[:5], then="hang"),
     ]
-    _, ask = wire(upstream(*broken), timeouts={"idle": 0.2}, breaker={"failures": 99})
+    _, ask = wire(upstream(*broken), timeouts={"idle": 0.3}, breaker={"failures": 99})
     for type_ in ["api_error"] * 4 + ["timeout_error"]:
         client = ask()
         got = client.read()
@@ -560,13 +563,12 @@ def test_a_broken_stream_does_not_end_cleanly_on_the_wire(upstream, wire):
 def test_a_client_that_does_not_close_after_a_break_holds_up_nobody(upstream, wire):
     broken = [events(EVENTS[:5], then="cut")] * 4
     served, ask = wire(upstream(*broken), breaker={"failures": 99})
-    ask({**QUESTION, "model": ""}).read()  # to wake the first thread
-    began = time.monotonic()
+    began = [time.monotonic()]
     # Their sockets stay open, and gunicorn's main thread, which alone accepts, waits for them to close.
-    assert [ask().read().ending for _ in broken] == ["cut"] * 4
-    got = ask().read()
-    assert (got.status, got.ending) == (200, "end")
-    assert time.monotonic() - began < 1.5
+    for ending in ["cut"] * 4 + ["end"]:
+        assert ask().read().ending == ending
+        began.append(time.monotonic())
+    assert max(after - before for before, after in itertools.pairwise(began)) < 1.7
     assert "Traceback" not in served.stderr + "\n".join(served.stdout_lines())
 
 

@@ -57,7 +57,7 @@ def watcher():
 
 @pytest.fixture
 def transport(watcher):
-    one = Transport(watcher, 2.0)
+    one = Transport(watcher, 30.0)
     yield one
     one.close()
 
@@ -125,7 +125,7 @@ class Aside:
         self._thread.join(limit)
         return not self._thread.is_alive()
 
-    def end(self, limit=1.0):
+    def end(self, limit=5.0):
         """Wait for its end, which must not take long."""
         self._thread.join(limit)
         assert not self._thread.is_alive(), "it still blocks"
@@ -346,7 +346,7 @@ def aborted(transport, url, ready, body=BODY):
     began = time.monotonic()
     call.abort(Reason.TIMEOUT)
     failed = aside.end()
-    assert time.monotonic() - began < 0.5
+    assert time.monotonic() - began < 3
     call.close()
     return failed
 
@@ -441,9 +441,9 @@ def test_a_late_idle_timeout_does_not_hurt_the_next_call_on_the_connection(trans
 
 
 def test_an_idle_timeout_is_not_left_on_a_kept_connection(transport, upstream):
-    a = upstream(answer(), later(0.15, answer()))
+    a = upstream(answer(), later(0.3, answer()))
     first = begin(transport, a)
-    first.idle(0.05)
+    first.idle(0.2)
     assert list(first.pieces())
     first.close()
     assert ask(transport, a) == MESSAGE
@@ -464,7 +464,7 @@ def test_abort_after_close_or_failure_does_nothing(transport, upstream):
 
 def test_aborts_at_any_moment_end_only_their_own_call(transport, watcher, upstream):
     dice = random.Random(7)
-    after = [0, 0.001, 0.002, 0.003, 0.004, 0.006, 0.009, 0.013, 0.02, 0.03, 5]
+    after = [0, 0.001, 0.002, 0.003, 0.004, 0.006, 0.009, 0.013, 0.02, 0.03, 5, 5]
 
     def echo(wire, request):
         wire.pause(dice.random() * 0.004)
@@ -503,12 +503,12 @@ def test_aborts_at_any_moment_end_only_their_own_call(transport, watcher, upstre
 def test_a_deadline_ends_a_call(transport, watcher, upstream):
     a = upstream(hang())
     call = transport.call()
-    watcher.deadline(call, 0.1, Reason.TIMEOUT)
     began = time.monotonic()
+    watcher.deadline(call, 0.1, Reason.TIMEOUT)
     with pytest.raises(CallFailed) as failed:
         transport.send(call, "POST", a.url, [], BODY)
     assert (failed.value.fault, failed.value.detail) == (Fault.TIMEOUT, "no answer in time")
-    assert 0.1 <= time.monotonic() - began < 0.6
+    assert 0.1 <= time.monotonic() - began < 2
     a.wait_left()
 
 
@@ -517,11 +517,11 @@ def test_a_connect_that_hangs_ends_at_the_connect_timeout(impatient):
         began = time.monotonic()
         failed = failure(impatient, f"http://{HOST}:{port}")
     assert (failed.fault, failed.detail) == (Fault.CONNECT, "no connection in time")
-    assert 0.14 <= time.monotonic() - began < 0.6
+    assert 0.14 <= time.monotonic() - began < 2
 
 
 def test_a_handshake_that_hangs_or_trickles_ends_at_the_connect_timeout(impatient):
-    for trickled in (b"", b"\x16\x03\x03\x40" + bytes(26)):
+    for trickled in (b"", b"\x16\x03\x03\x40" + bytes(146)):
         with socket.create_server((HOST, 0)) as listener:
             began = time.monotonic()
             aside = Aside(failure, impatient, f"https://{HOST}:{listener.getsockname()[1]}")
@@ -533,7 +533,7 @@ def test_a_handshake_that_hangs_or_trickles_ends_at_the_connect_timeout(impatien
                         break
                 failed = aside.end()
         assert (failed.fault, failed.detail) == (Fault.CONNECT, "no connection in time")
-        assert 0.14 <= time.monotonic() - began < 0.5
+        assert 0.14 <= time.monotonic() - began < 2
 
 
 def test_several_addresses_share_the_connect_timeout_and_the_one_that_works_is_used(
@@ -544,10 +544,10 @@ def test_several_addresses_share_the_connect_timeout_and_the_one_that_works_is_u
         dead, good = ((socket.AF_INET, socket.SOCK_STREAM, 6, "", (HOST, n)) for n in (port, a.port))
         monkeypatch.setattr("aiproxy.resolver.Resolver.resolve", lambda *_: [dead, good])
         assert ask(impatient, "http://somewhere") == MESSAGE
-        monkeypatch.setattr("aiproxy.resolver.Resolver.resolve", lambda *_: [dead] * 3)
+        monkeypatch.setattr("aiproxy.resolver.Resolver.resolve", lambda *_: [dead] * 20)
         began = time.monotonic()
         assert failure(impatient, "http://elsewhere").fault is Fault.CONNECT
-        assert 0.14 <= time.monotonic() - began < 0.6
+        assert 0.14 <= time.monotonic() - began < 2
 
 
 def test_a_lookup_that_hangs_ends_at_the_connect_timeout(impatient, upstream, monkeypatch):
@@ -562,7 +562,7 @@ def test_a_lookup_that_hangs_ends_at_the_connect_timeout(impatient, upstream, mo
     began = time.monotonic()
     aside = [Aside(failure, impatient, "http://slow.invalid") for _ in range(4)]
     assert [one.end().fault for one in aside] == [Fault.CONNECT] * 4
-    assert 0.15 <= time.monotonic() - began < 0.6
+    assert 0.15 <= time.monotonic() - began < 2
     assert len(asked) == 1  # one thread a name, not one a request
     answered.set()
 
@@ -586,14 +586,14 @@ def test_it_does_not_bound_them_on_a_kept_connection_either(impatient, upstream)
 
 @pytest.mark.parametrize("framing", FRAMINGS)
 def test_idle_bounds_each_wait_and_not_the_whole(transport, upstream, framing):
-    a = upstream(events([b"x", *[0.03, b"x"] * 5], framing, then="hang"))
+    a = upstream(events([b"x", *[0.08, b"x"] * 3], framing, then="hang"))
     call = begin(transport, a)
-    call.idle(0.1)
+    call.idle(0.2)
     began = time.monotonic()
     with pytest.raises(CallFailed) as failed:
         list(call.pieces())
     assert (failed.value.fault, failed.value.detail) == (Fault.TIMEOUT, "silent for too long")
-    assert 0.2 <= time.monotonic() - began < 1
+    assert 0.4 <= time.monotonic() - began < 3
     call.close()
 
 

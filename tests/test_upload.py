@@ -1,4 +1,4 @@
-"""The request's body on its way in: read whole under limits, or read away, over a connection as gunicorn has it.
+"""The request's body on its way in: read whole under limits, or read away, as gunicorn has it.
 
 gunicorn's own parser reads the head, from a real socket; its environment goes to `Upload`.
 """
@@ -154,7 +154,8 @@ def test_no_body_is_not_waited_for_nor_read_away(connection):
 @pytest.mark.parametrize("framing", FRAMINGS)
 def test_what_follows_a_body_is_the_next_request_s(connection, framing):
     read = connection.begin(framing, 5)
-    connection.send(spelt(framing, b"first") + b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 6\r\n\r\nsecond")
+    second = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 6\r\n\r\nsecond"
+    connection.send(spelt(framing, b"first") + second)
     assert read.read(LIMIT) == b"first"
     read.drop()
     assert connection.next_upload().read(LIMIT) == b"second"
@@ -193,7 +194,7 @@ def test_a_chunked_body_is_refused_as_soon_as_it_is_over_the_limit(connection):
 
 
 @pytest.mark.parametrize("framing", FRAMINGS)
-def test_what_is_left_of_a_body_that_is_too_large_is_read_away_and_the_connection_goes_on(connection, framing):
+def test_what_is_left_of_a_too_large_body_is_read_away_and_the_connection_goes_on(connection, framing):
     size = 5 * LIMIT
     read = connection.begin(framing, size)
     follows = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 4\r\n\r\nnext"

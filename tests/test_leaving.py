@@ -1,0 +1,222 @@
+"""Clients that leave: their upstream's connection is closed within a second, and nothing is counted."""
+
+import contextlib
+import os
+import random
+import shutil
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from fakes import HOST, RawClient, answer, blackhole, error, events, free_port, hang, later, message_events
+
+ASK = {"model": "claude-x", "messages": [{"role": "user", "content": "Hi"}]}
+STREAM = {**ASK, "stream": True}
+SPOKEN = message_events(["one", "two"])
+LEFT = r" done .*outcome=client_left "
+
+SILENCES = {
+    "before the head of a stream": (STREAM, hang(), False),
+    "in the middle of a stream": (STREAM, events(SPOKEN[:5], then="hang"), False),
+    "before a stream's first content": (STREAM, events(SPOKEN[:1], then="hang"), False),
+    "while a whole answer is made": (ASK, hang(), False),
+    "while a stream is collected": (ASK, events(SPOKEN[:5], then="hang"), True),
+}
+WAYS = {"close": RawClient.close, "reset": RawClient.reset, "half close": RawClient.half_close}
+
+
+@contextlib.contextmanager
+def asking(url, body):
+    """A client that has asked and now waits."""
+    with RawClient.to(url, timeout=10) as client:
+        client.post(body)
+        yield client
+
+
+def left_within(fake, connection, client, way=RawClient.close):
+    """Seconds from the client's leaving to the upstream's seeing the end of its connection."""
+    began = time.monotonic()
+    way(client)
+    return fake.wait_left(connection, timeout=5) - began
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("silence", SILENCES.values(), ids=SILENCES)
+def test_the_upstream_is_let_go_within_a_second_however_silent_it_is(
+    upstream, serve, config_of, silence, way
+):
+    body, reply, must_stream = silence
+    a = upstream(default=reply)
+    served = serve(config_of([{"base_url": a, "must_stream": must_stream}]))
+    with asking(served.url, body) as client:
+        a.wait_for(1)
+        assert left_within(a, 1, client, way) < 1
+    served.wait_for_log(LEFT)
+
+
+def test_leaving_counts_against_nobody_and_frees_the_place(upstream, serve, config_of):
+    a = upstream(*[hang()] * 4, default=answer())
+    served = serve(config_of([a], max_in_flight=1, breaker={"failures": 1}))
+    for n in range(4):
+        with asking(served.url, STREAM if n % 2 else ASK) as client:
+            a.wait_for(n + 1)
+            left_within(a, n + 1, client)
+        served.wait_for_log(LEFT, since=len(served.stdout_lines()) - 1)
+    with asking(served.url, ASK) as client:
+        assert client.read().status == 200
+    assert not [line for line in served.stdout_lines() if " circuit " in line]
+
+
+def test_leaving_while_connecting_ends_the_request_and_asks_no_other(upstream, serve, config_of):
+    other = upstream()
+    with blackhole() as port:
+        first = {"base_url": f"http://{HOST}:{port}", "weight": 9}
+        served = serve(config_of([first, other], timeouts={"connect": 5}))
+        with asking(served.url, ASK) as client:
+            served.wait_for_log(r" request ")
+            client.close()
+        served.wait_for_log(LEFT, timeout=1)
+    assert other.seen == []
+
+
+def test_leaving_during_failover_ends_it(upstream, serve, config_of):
+    a, b, c = upstream(default=error(500)), upstream(default=hang()), upstream()
+    served = serve(config_of([{"base_url": a, "weight": 9}, {"base_url": b, "weight": 3}, c]))
+    with asking(served.url, ASK) as client:
+        b.wait_for(1)
+        assert left_within(b, 1, client) < 1
+    served.wait_for_log(LEFT)
+    assert c.seen == []
+
+
+def test_the_upstream_sees_it_within_milliseconds(upstream, serve, config_of):
+    a = upstream(default=events(SPOKEN[:5], then="hang"))
+    served = serve(config_of([a]))
+    times = []
+    for n in range(20):
+        with asking(served.url, STREAM) as client:
+            next(client.answer().pieces())
+            times.append(left_within(a, n + 1, client))
+    assert sorted(times)[10] < 0.1
+    assert max(times) < 1
+
+
+NGINX = """
+daemon off; pid {folder}/pid; error_log {folder}/error.log;
+events {{}}
+http {{
+  access_log off; client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy;
+  fastcgi_temp_path {folder}/fastcgi; uwsgi_temp_path {folder}/uwsgi; scgi_temp_path {folder}/scgi;
+  server {{
+    listen 127.0.0.1:{port};
+    location / {{
+      proxy_pass {url}; proxy_http_version 1.1; proxy_buffering off; proxy_set_header Connection "";
+    }}
+  }}
+}}
+"""
+
+
+@pytest.mark.skipif(
+    shutil.which("nginx") is None and os.environ.get("AIPROXY_REQUIRE_ALL") != "1",
+    reason="nginx is missing",
+)
+@pytest.mark.parametrize("body", [ASK, STREAM], ids=["whole", "stream"])
+def test_it_is_noticed_behind_nginx_too(upstream, serve, config_of, tmp_path: Path, body):
+    a = upstream(hang())
+    served = serve(config_of([a]))
+    port = free_port()
+    config = tmp_path / "nginx.conf"
+    config.write_text(NGINX.format(folder=tmp_path, port=port, url=served.url))
+    with subprocess.Popen(["nginx", "-c", str(config), "-e", str(tmp_path / "error.log")]) as nginx:
+        try:
+            client = reached(port)
+            client.post(body)
+            a.wait_for(1)
+            assert left_within(a, 1, client) < 1
+            served.wait_for_log(LEFT)
+        finally:
+            nginx.terminate()
+
+
+def reached(port):
+    """A connection to what is about to listen."""
+    limit = time.monotonic() + 5
+    while True:
+        try:
+            return RawClient(HOST, port)
+        except OSError:
+            if time.monotonic() > limit:
+                raise
+            threading.Event().wait(0.02)
+
+
+def test_ten_thousand_requests_leave_no_descriptor_and_no_watch_behind(upstream, serve, config_of):
+    a = upstream(default=answer())
+    served = serve(config_of([a], logging={"level": "error"}))
+    worker = int(served.wait_for_stderr(r"Booting worker with pid: (\d+)")[1])
+    descriptors = Path(f"/proc/{worker}/fd")
+
+    def work(seed, requests):
+        chance = random.Random(seed)
+        with contextlib.ExitStack() as stack:
+            client = None
+            for _ in range(requests):
+                client = client or stack.enter_context(RawClient.to(served.url, timeout=20))
+                what = chance.random()
+                client.post(b"{}" if what < 0.1 else STREAM if what < 0.4 else ASK)
+                if chance.random() < 0.1:
+                    client.close()
+                    client = None
+                else:
+                    assert client.read().status in (200, 400)
+
+    work(0, 100)
+    before = settled(descriptors)
+    workers = [threading.Thread(target=work, args=(seed, 1250)) for seed in range(1, 9)]
+    for each in workers:
+        each.start()
+    for each in workers:
+        each.join()
+    # Kept connections to the upstream are as many as were busy at once; all else is given back.
+    assert settled(descriptors) <= before + 2 * len(workers)
+
+
+def settled(descriptors):
+    """How many there are, once their number no longer falls."""
+    counts = [len(os.listdir(descriptors))]
+    while len(counts) < 8 or counts[-1] < counts[-8]:
+        threading.Event().wait(0.1)
+        counts.append(len(os.listdir(descriptors)))
+    return counts[-1]
+
+
+def test_leaving_at_any_moment_hurts_nobody_else(upstream, serve, config_of):
+    a = upstream(default=later(0.005, answer("mine", model=None)))
+    served = serve(config_of([a], logging={"level": "error"}))
+    wrong = []
+
+    def leave(seed):
+        chance = random.Random(seed)
+        for _ in range(60):
+            with asking(served.url, chance.choice([ASK, STREAM])):
+                threading.Event().wait(chance.random() * 0.012)
+
+    def stay(seed):
+        with RawClient.to(served.url, timeout=20) as client:
+            for n in range(120):
+                name = f"model-{seed}-{n}"
+                client.post({**ASK, "model": name})
+                got = client.read()
+                if got.status != 200 or got.json()["model"] != name:
+                    wrong.append((name, got.status, got.body))
+
+    workers = [threading.Thread(target=leave, args=(seed,)) for seed in range(6)]
+    workers += [threading.Thread(target=stay, args=(seed,)) for seed in range(6)]
+    for each in workers:
+        each.start()
+    for each in workers:
+        each.join()
+    assert wrong == []
