@@ -41,8 +41,8 @@ def _hosts(address):
 
 
 def post_worker_init(worker):
-    """Tell the application how many threads serve it."""
-    worker.wsgi.extensions["aiproxy"].serve_with(worker.cfg.threads)
+    """Tell the application which worker serves it."""
+    worker.wsgi.extensions["aiproxy"].serve(worker)
 
 
 def worker_int(worker):

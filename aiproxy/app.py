@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import flask
 
@@ -32,9 +33,10 @@ class Service:
         self._watcher = watcher
         self._transport = transport
 
-    def serve_with(self, threads: int) -> None:
-        """The worker has `threads` threads."""
-        self._gate.serve_with(threads)
+    def serve(self, worker: Any) -> None:
+        """`worker`: gunicorn's, once it is up."""
+        self._gate.serve_with(worker.cfg.threads)
+        self._watcher.attend(worker, worker.cfg.graceful_timeout)
 
     def close(self) -> None:
         """Give back the thread, its descriptors and the kept connections."""

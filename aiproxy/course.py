@@ -9,7 +9,7 @@ import msgspec
 from .attempt import Answer, Attempt, Failure, Request
 from .body import members, text
 from .breaker import Outcome
-from .errors import error_body
+from .errors import ApiError
 from .headers import Pairs, value_of
 from .logs import Redactor
 from .policy import THREAD_NOT_FOUND, TIMEOUTS_A_REQUEST, Charge, Fault, Rank, Rule, rule_for
@@ -17,6 +17,7 @@ from .relay import End, Relay
 from .report import Report
 from .threads import Owners, continued_message, uses_thread
 from .upstream import Upstream
+from .watch import Reason
 
 #: The status, in the log alone, of a request whose client left before its answer: nginx's.
 CLIENT_LEFT = 499
@@ -97,18 +98,15 @@ class Course:
     def failed(self) -> Reply:
         """No upstream answered: the error of theirs that helps the client most, else one of ours."""
         attempt, failure = self._failed_at, self._failure
-        if self._request.scope.left:
+        if self._request.scope.reason is Reason.CLIENT_LEFT:
             self._log_done(None, CLIENT_LEFT, End("client_left", 0))
             return Reply(CLIENT_LEFT, [], b"")
+        if self._request.scope.reason is Reason.RESTART:
+            return self._own(ApiError(529, "overloaded_error", "aiproxy is restarting."), "restart")
         if failure is None or failure.status is None:
-            status, type_, message = (
-                (504, "timeout_error", "No upstream answered in time.")
-                if self._timeouts
-                else (502, "api_error", "No upstream could answer the request.")
-            )
-            body = error_body(type_, message, self._request.id)
-            self._log_done(None, status, End("error", len(body)))
-            return self._reply(None, status, [("content-type", "application/json")], body)
+            if self._timeouts:
+                return self._own(ApiError(504, "timeout_error", "No upstream answered in time."))
+            return self._own(ApiError(502, "api_error", "No upstream could answer the request."))
         body = self._redactor.answer(failure.body)
         self._log_done(attempt, failure.status, End("error", len(body)))
         return self._reply(attempt, failure.status, self._with_soonest_retry(failure.headers), body)
@@ -117,6 +115,11 @@ class Course:
         """Give back what is still held; of no effect on what is settled."""
         for attempt in self._undecided:
             attempt.settle(Outcome.UNDECIDED)
+
+    def _own(self, error: ApiError, how: str = "error") -> Reply:
+        body = error.body(self._request.id)
+        self._log_done(None, error.status, End(how, len(body)))
+        return self._reply(None, error.status, [("content-type", "application/json")], body)
 
     def _rule(self, failure: Failure) -> Rule:
         if failure.status == 404 and _thread_not_found(failure) and continued_message(self._request.body):

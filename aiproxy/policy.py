@@ -21,6 +21,7 @@ class Fault(Enum):
     NO_ANSWER = "no_answer"  # a status below 400 that is no Messages API answer
     ERROR = "error"  # an error answer: an HTTP status of 400 or more, or an error in a 200
     CLIENT_LEFT = "client_left"
+    RESTART = "restart"  # this process ends
     BUG = "bug"
 
 
@@ -59,6 +60,7 @@ _FAULTS = {
     Fault.TIMEOUT: Rule(next_upstream=True, charge=Charge.FAILURE),
     Fault.NO_ANSWER: Rule(next_upstream=True, charge=Charge.FAILURE),
     Fault.CLIENT_LEFT: Rule(next_upstream=False, charge=Charge.NOTHING),
+    Fault.RESTART: Rule(next_upstream=False, charge=Charge.NOTHING),
     Fault.BUG: Rule(next_upstream=False, charge=Charge.NOTHING),
 }
 

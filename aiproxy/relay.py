@@ -27,10 +27,24 @@ AFTER_STOP = 1.0
 _NOTED = re.compile(rb"(?:\A|[\r\n])event: ?(?:message_start|message_delta|message_stop|error)[\r\n]")
 
 
+_BREAKS = {Fault.TIMEOUT: "silent", Fault.RESTART: "restart"}
+_OUTCOMES = {
+    "complete": Outcome.SUCCESS,
+    "client_left": Outcome.UNDECIDED,
+    "restart": Outcome.UNDECIDED,
+}
+#: What the client is told of each break: error type and message.
+_TOLD = {
+    "broken": ("api_error", "The upstream broke off its answer."),
+    "silent": ("timeout_error", "The upstream fell silent in the middle of its answer."),
+    "restart": ("overloaded_error", "aiproxy is restarting and had to break off the answer."),
+}
+
+
 class End(msgspec.Struct, frozen=True):
     """How a stream ended, for the log."""
 
-    how: str  # complete, error_event, broken, silent, client_left
+    how: str  # complete, error_event, broken, silent, restart, client_left
     bytes: int
     detail: str | None = None
 
@@ -111,7 +125,7 @@ class Relay:
                 if failed.fault is Fault.CLIENT_LEFT:
                     self._end(self._so_far("client_left"))
                     break
-                return self._break("silent" if failed.fault is Fault.TIMEOUT else "broken", failed.detail)
+                return self._break(_BREAKS.get(failed.fault, "broken"), failed.detail)
             except EventTooLarge:
                 return self._break("broken", "an event is over the size limit")
         if self._to_cut:
@@ -152,20 +166,14 @@ class Relay:
             # It knows already; or half an event is out, and an event now would complete it as garbage.
             self._cut()
             raise StopIteration
-        type_, message = (
-            ("timeout_error", "The upstream fell silent in the middle of its answer.")
-            if how == "silent"
-            else ("api_error", "The upstream broke off its answer.")
-        )
-        return encode("error", error_body(type_, message, self._request_id))
+        return encode("error", error_body(*_TOLD[how], self._request_id))
 
     def _end(self, how: str, detail: str | None = None) -> None:
         if self._over:
             return
         self._over = True
         self._call.close()
-        outcomes = {"complete": Outcome.SUCCESS, "client_left": Outcome.UNDECIDED}
-        self._owner.settle(outcomes.get(how, Outcome.FAILURE))
+        self._owner.settle(_OUTCOMES.get(how, Outcome.FAILURE))
         self._on_last()
         self._on_end(End(how, self.bytes, detail))
 

@@ -49,6 +49,7 @@ _FAULT_OF_REASON = {
     Reason.CONNECT_TIMEOUT: Fault.CONNECT,
     Reason.TIMEOUT: Fault.TIMEOUT,
     Reason.CLIENT_LEFT: Fault.CLIENT_LEFT,
+    Reason.RESTART: Fault.RESTART,
 }
 
 

@@ -1,4 +1,4 @@
-"""One thread a process that ends calls from outside: deadlines that pass, clients that leave.
+"""One thread a process that ends calls from outside: deadlines pass, clients leave, the worker stops.
 
 It knows no HTTP: all it does is `abort(reason)`, which must not block, and shutting the socket of a
 client that takes nothing any more. The thread starts with the first thing to watch, so after gunicorn's
@@ -20,6 +20,11 @@ from collections.abc import Callable
 from enum import Enum
 from typing import Protocol
 
+#: Seconds before a stopping worker's end at which the requests that are left are ended.
+LAST_SECONDS = 2.0
+#: Seconds between two looks at whether the worker is stopping: gunicorn tells nobody.
+LOOK = 0.3
+
 
 class Reason(Enum):
     """Why a call was ended from outside; it decides the verdict, not the exception that follows."""
@@ -27,6 +32,7 @@ class Reason(Enum):
     CONNECT_TIMEOUT = "no connection in time"
     TIMEOUT = "no answer in time"
     CLIENT_LEFT = "the client left"
+    RESTART = "aiproxy is restarting"
 
 
 class Abortable(Protocol):
@@ -44,9 +50,9 @@ class Scope:
         self._reason: Reason | None = None
 
     @property
-    def left(self) -> bool:
-        """Whether the client is known to have left."""
-        return self._reason is Reason.CLIENT_LEFT
+    def reason(self) -> Reason | None:
+        """Why the request is over, None while it is not."""
+        return self._reason
 
     def enter(self, call: Abortable) -> None:
         """From now on this is the call to abort."""
@@ -62,6 +68,13 @@ class Scope:
                 self._reason = reason
             if self._call is not None:
                 self._call.abort(self._reason)
+
+
+class Worker(Protocol):
+    """What gunicorn's worker tells of its end."""
+
+    alive: bool
+    sockets: list[socket.socket]
 
 
 class Deadline:
@@ -127,6 +140,10 @@ class Watcher:
         self._order = itertools.count()  # a tie-break, since deadlines do not compare
         self._cancelled = 0
         self._clients: dict[int, Client] = {}
+        self._worker: Worker | None = None
+        self._grace = 0.0
+        self._next_look = 0.0
+        self._ends: float | None = None  # when the requests left are ended, once the worker stops
         self._next_sweep = 0.0
         self._asleep_until = 0.0
         self._started = False
@@ -151,10 +168,25 @@ class Watcher:
             if not self._started:  # closed
                 return client
             self._clients[client.descriptor] = client
+            ending = self._ends is not None and time.monotonic() >= self._ends
             self._epoll.register(client.descriptor, select.EPOLLRDHUP)
             self._next_sweep = min(self._next_sweep, time.monotonic() + self._patience / 4)
             self._wake_by(self._next_sweep)
+        if ending:
+            scope.abort(Reason.RESTART)
         return client
+
+    def attend(self, worker: Worker, graceful_timeout: float) -> None:
+        """See a stopping worker out, which gunicorn kills after `graceful_timeout` seconds.
+
+        Its listening sockets are closed at once, since gunicorn leaves them open and unserved; shortly
+        before the end the requests that are left are ended properly.
+        """
+        with self._lock:
+            self._worker = worker
+            self._grace = max(0.0, graceful_timeout - LAST_SECONDS)
+            self._start()
+            self._wake_by(0.0)
 
     def cancel(self, deadline: Deadline) -> None:
         """See `Deadline.cancel`."""
@@ -213,6 +245,7 @@ class Watcher:
                     self._hung_up(descriptor)
             self._expire()
             self._sweep()
+            self._see_out()
         with self._lock:
             self._started = False
             self._epoll.close()
@@ -222,6 +255,8 @@ class Watcher:
         """Seconds until something is due."""
         with self._lock:
             at = min(self._heap[0][0] if self._heap else float("inf"), self._next_sweep)
+            if self._worker is not None:
+                at = min(at, time.monotonic() + LOOK)
             self._asleep_until = at
         return None if at == float("inf") else max(0.0, at - time.monotonic())
 
@@ -261,6 +296,25 @@ class Watcher:
                     socket.socket.shutdown(client.socket, socket.SHUT_RDWR)
         for client in stalled:
             client.scope.abort(Reason.CLIENT_LEFT)
+
+    def _see_out(self) -> None:
+        now = time.monotonic()
+        with self._lock:
+            if self._worker is None or self._worker.alive or now < self._next_look:
+                return
+            self._next_look = now + LOOK
+            if self._ends is None:
+                # Not closed at this look: gunicorn's main thread may be about to accept from them.
+                self._ends = now + self._grace
+                return
+            for listener in self._worker.sockets:
+                listener.close()
+            if now < self._ends:
+                return
+            self._worker = None
+            left = list(self._clients.values())
+        for client in left:
+            client.scope.abort(Reason.RESTART)
 
     def _unregister(self, client: Client) -> None:
         with contextlib.suppress(OSError, ValueError):  # closed already, or unregistered when it hung up

@@ -514,22 +514,6 @@ def test_a_connection_that_goes_stale_during_the_upload_costs_nothing(upstream, 
     assert one.outcomes() == [["success", "success"]]
 
 
-def test_the_second_try_is_on_a_fresh_connection_though_others_are_kept(upstream, proxy):
-    gate = threading.Event()
-    a, b = upstream(default=close_if_reused(later(gate, answer()))), upstream()
-    one = proxy({"base_url": a, "weight": 99}, b)
-    threads = [threading.Thread(target=one.ask) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    a.wait_for(3)
-    gate.set()
-    for thread in threads:
-        thread.join(5)
-    given = one.ask()
-    assert (given.upstream, given.attempts, a.connections) == ("a", 1, 4)
-    assert one.outcomes("a") == [["success"] * 4]
-
-
 @pytest.mark.parametrize("dies", [close_now(), reset_now(), sent(b"20")])
 def test_the_fresh_connection_that_fails_too_is_counted_once(upstream, proxy, dies):
     a, b = upstream(answer(), close_now(), dies), upstream()

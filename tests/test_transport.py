@@ -550,6 +550,22 @@ def test_several_addresses_share_the_connect_timeout_and_the_one_that_works_is_u
         assert 0.14 <= time.monotonic() - began < 2
 
 
+def test_lookup_connect_and_handshake_share_the_connect_timeout(watcher, monkeypatch):
+    with socket.create_server((HOST, 0)) as silent:
+        address = (socket.AF_INET, socket.SOCK_STREAM, 6, "", silent.getsockname())
+
+        def slowly(*_):
+            select.select([], [], [], 0.3)
+            return [address]
+
+        monkeypatch.setattr("aiproxy.resolver.Resolver.resolve", slowly)
+        transport = Transport(watcher, 0.4)
+        began = time.monotonic()
+        assert failure(transport, "https://somewhere").fault is Fault.CONNECT
+        assert 0.4 <= time.monotonic() - began < 0.65
+        transport.close()
+
+
 def test_a_lookup_that_hangs_ends_at_the_connect_timeout(impatient, upstream, monkeypatch):
     answered, asked = threading.Event(), []
 

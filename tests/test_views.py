@@ -492,6 +492,18 @@ def test_a_bug_gives_the_permit_back(upstream, monkeypatch, capsys, place, meanw
     assert "state=closed" in out
 
 
+@pytest.mark.parametrize("place", ["views._request", "views._log_arrival", "views._response"])
+def test_a_bug_gives_the_place_in_flight_back(monkeypatch, place):
+    def bug(*args, **kwargs):
+        monkeypatch.undo()
+        raise ZeroDivisionError
+
+    client = in_process("demo://answers", max_in_flight=1)
+    monkeypatch.setattr(f"aiproxy.{place}", bug)
+    assert client.post("/v1/messages", json=ASK).status_code == 500
+    assert client.post("/v1/messages", json=ASK).status_code == 200
+
+
 # --------------------------------------------------------------------------------- odd, and yet served
 
 

@@ -1,0 +1,61 @@
+"""A worker that stops: new requests are refused at once, those that run get their time and a proper end."""
+
+import signal
+import socket
+import threading
+import time
+
+import pytest
+from fakes import HOST, RawClient, events, hang, message_events
+
+ASK = {"model": "claude-x", "messages": [{"role": "user", "content": "Hi"}]}
+SPOKEN = message_events(["one", "two"])
+
+
+def stop(served):
+    served.process.send_signal(signal.SIGTERM)
+    return time.monotonic()
+
+
+def refused(port):
+    try:
+        socket.create_connection((HOST, port), timeout=1).close()
+    except OSError:
+        return True
+    return False
+
+
+def test_new_connections_are_refused_within_a_second_while_a_stream_goes_on(upstream, serve, config_of):
+    gate = threading.Event()
+    served = serve(
+        config_of([upstream(events([*SPOKEN[:5], gate, *SPOKEN[5:]]))]),
+        gunicorn_args=["--graceful-timeout", "30"],
+    )
+    with RawClient.to(served.url) as client:
+        client.post({**ASK, "stream": True})
+        got = client.answer()
+        next(got.pieces())
+        began = stop(served)
+        while not refused(served.port):
+            assert time.monotonic() - began < 1
+            threading.Event().wait(0.02)
+        gate.set()
+        assert b"message_stop" in b"".join(piece.data for piece in got.pieces())
+        assert got.ending == "end"
+    assert served.wait_exit() == 0
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_what_still_runs_before_the_end_is_told_and_counts_against_nobody(upstream, serve, config_of, stream):
+    a = upstream(events(SPOKEN[:5], then="hang") if stream else hang())
+    served = serve(config_of([a], breaker={"failures": 1}), gunicorn_args=["--graceful-timeout", "3"])
+    with RawClient.to(served.url, timeout=10) as client:
+        client.post({**ASK, "stream": stream})
+        a.wait_for(1)
+        began = stop(served)
+        got = client.read()
+        assert 0.9 < time.monotonic() - began < 2.9
+    assert b"overloaded_error" in got.body
+    assert (got.status, got.ending) == ((200, "cut") if stream else (529, "end"))
+    assert served.wait_exit() == 0
+    assert " circuit " not in "\n".join(served.stdout_lines())
