@@ -142,7 +142,8 @@ class Relay:
         return "complete" if self._stopped else "error_event" if self._erred else otherwise
 
     def _note(self, block: bytes) -> None:
-        if _NOTED.search(block) is None:
+        # Most blocks are deltas: the plain search spares them the other, ten times as dear.
+        if (b"message_" not in block and b"error" not in block) or not _NOTED.search(block):
             return
         for event in parse(block):
             if event.name == b"message_stop":

@@ -84,7 +84,7 @@ class Upload:
     def _any(self) -> bytes:
         """The next bytes to throw away, none at the end or when the client is gone or too slow."""
         try:
-            return self._read(_PIECE // 16, DROP_SECONDS)
+            return self._read(_PIECE, DROP_SECONDS)
         except Exception:  # as above; the answer may still reach the client
             self._spoilt = True
             return b""

@@ -28,6 +28,7 @@ from fakes import (
     events,
     free_port,
     hang,
+    later,
     message_events,
     message_json,
     whole,
@@ -36,7 +37,7 @@ from fakes import (
 MB = 1024 * 1024
 IDLE = 0.3
 SILENCE = 0.3
-DROP_SECONDS = 0.3
+DROP_SECONDS = 0.8
 KEY = ("x-api-key", "key-of-alice")
 ASK = {"model": "claude-x", "max_tokens": 16, "messages": [{"role": "user", "content": "Hi"}]}
 STREAM = {**ASK, "stream": True}
@@ -162,6 +163,19 @@ def place_taken(proxy, upstream):
         assert b"message_stop" in stream.body
 
 
+@contextmanager
+def place_taken_in_silence(proxy, upstream):
+    """The same for a whole answer's, which may be silent for longer than a stream."""
+    gate = threading.Event()
+    asked = len(upstream.seen) + 1
+    upstream.script(later(gate, answer()))
+    with asking(proxy.url, ASK) as client:
+        upstream.wait_for(asked)
+        yield
+        gate.set()
+        assert client.read().status == 200
+
+
 # --------------------------------------------------------------------------------------- the next request
 
 
@@ -186,7 +200,7 @@ def test_one_request_too_many_is_told_so_within_milliseconds(proxy, a):
 @pytest.mark.parametrize("chunked", [False, True])
 def test_its_large_body_is_read_and_thrown_away_and_the_connection_is_kept(proxy, a, size, chunked):
     body = b'{"model": "claude-x", "padding": "' + b"x" * size + b'"}'
-    with place_taken(proxy, a), RawClient.to(proxy.url) as client:
+    with place_taken_in_silence(proxy, a), RawClient.to(proxy.url) as client:
         client.request("POST", "/v1/messages", body, [KEY], chunked)
         assert_busy(client.read())
         client.post(ASK, headers=[KEY])
@@ -390,7 +404,7 @@ def test_a_refused_upload_that_trickles_is_given_up(proxy, a, why):
     head = head if why != 404 else head.replace("/v1/messages", "/v1/files")
     with ExitStack() as stack:
         if why == 529:
-            stack.enter_context(place_taken(proxy, a))
+            stack.enter_context(place_taken_in_silence(proxy, a))
         client = stack.enter_context(RawClient.to(proxy.url))
         client.send(f"{head}content-length: {20 * MB}\r\n\r\n".encode())
         began = time.monotonic()

@@ -83,7 +83,7 @@ def test_a_probe_is_logged_for_those_who_want_to_know_all(upstream, capsys, meth
 
 def test_probes_take_no_place_of_a_request(upstream):
     client = client_of(upstream(), max_in_flight=1)
-    gate = client.application.extensions["aiproxy"]
+    gate = client.application.extensions["aiproxy"]._gate
     slot = gate.enter()
     for method, path in PROBES * 3:
         assert client.open(path, method=method, buffered=True).status_code == 200

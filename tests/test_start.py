@@ -471,6 +471,9 @@ def test_make_run_sets_up_again_when_the_requirements_change(checkout):
 
 def test_make_test_checks_everything(checkout):
     (checkout / ".venv" / "installed-dev").touch()
+    node = checkout / "tests" / "typescript"
+    node.mkdir(parents=True)
+    shutil.copy(ROOT / "tests" / "typescript" / "package-lock.json", node)
     told = make(checkout, "-n", "test").stdout
     for tool in ("ruff check .", "ruff format --check .", "mypy", "python -m pytest"):
         assert f".venv/bin/{tool}\n" in told
