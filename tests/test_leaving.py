@@ -15,6 +15,8 @@ from fakes import HOST, RawClient, answer, blackhole, error, events, free_port, 
 ASK = {"model": "claude-x", "messages": [{"role": "user", "content": "Hi"}]}
 STREAM = {**ASK, "stream": True}
 SPOKEN = message_events(["one", "two"])
+# Ten thousand in all where nothing may be left out; a tenth of that in the daily run.
+EACH = 1250 if os.environ.get("AIPROXY_REQUIRE_ALL") == "1" else 125
 LEFT = r" done .*outcome=client_left "
 
 SILENCES = {
@@ -153,7 +155,7 @@ def reached(port):
             threading.Event().wait(0.02)
 
 
-def test_ten_thousand_requests_leave_no_descriptor_and_no_watch_behind(upstream, serve, config_of):
+def test_many_requests_leave_no_descriptor_and_no_watch_behind(upstream, serve, config_of):
     a = upstream(default=answer())
     served = serve(config_of([a], logging={"level": "error"}))
     worker = int(served.wait_for_stderr(r"Booting worker with pid: (\d+)")[1])
@@ -175,7 +177,7 @@ def test_ten_thousand_requests_leave_no_descriptor_and_no_watch_behind(upstream,
 
     work(0, 100)
     before = settled(descriptors)
-    workers = [threading.Thread(target=work, args=(seed, 1250)) for seed in range(1, 9)]
+    workers = [threading.Thread(target=work, args=(seed, EACH)) for seed in range(1, 9)]
     for each in workers:
         each.start()
     for each in workers:

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import types
 from pathlib import Path
@@ -381,6 +382,33 @@ def test_ctrl_c_ends_quickly_and_quietly(config_of, serve, upstream, busy):
     said = served.stderr + "\n".join(served.stdout_lines())
     assert "Traceback" not in said
     assert not re.search(r"\[(WARNING|ERROR|CRITICAL)\]", said)
+
+
+def test_ctrl_c_ends_quickly_while_many_connect(serve):
+    # gunicorn's own handler waits for a lock that the very thread it interrupts holds to start a request.
+    served = serve(DEMO, gunicorn_args=["--graceful-timeout", "600"])
+    with RawClient.to(served.url) as client:
+        client.request("GET", "/nowhere")
+        assert client.read().status == 404
+    over = threading.Event()
+
+    def connect():
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for _ in range(1000):
+                stack.enter_context(socket.create_connection((HOST, served.port), 1))
+            over.wait(5)
+
+    threads = [threading.Thread(target=connect) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.05)
+    try:
+        os.killpg(served.process.pid, signal.SIGINT)
+        assert served.wait_exit(3) == 0
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
 
 
 def keep_busy(client, fake, how):
