@@ -3,7 +3,7 @@
 import json
 import os
 import shlex
-import socket
+import signal
 import sys
 
 from aiproxy.config import ConfigError, is_loopback, load, path_from
@@ -26,32 +26,33 @@ control_socket_disable = True
 
 
 def on_starting(server):
-    """The command line may bind another address than the configuration, which was checked."""
-    hosts = [host for address in server.address for host in _hosts(address)]
+    """Before any port is opened: the command line may bind another address than the configuration."""
+    _check_addresses(address for address in server.address if isinstance(address, tuple))
+
+
+def _check_addresses(addresses):
+    """Without keys, none that other machines may reach; unix sockets are no matter here."""
+    hosts = [address[0] for address in addresses if isinstance(address, tuple)]
     if not _config.may_serve_strangers and not all(map(is_loopback, hosts)):
         sys.exit("bind: other machines may reach it: set api_keys, or allow_anonymous: true")
 
 
-def _hosts(address):
-    """Where one of gunicorn's addresses listens: none for a unix socket."""
-    if isinstance(address, int):  # fd://, a socket that was opened by whoever started this
-        with socket.socket(fileno=os.dup(address)) as inherited:
-            address = inherited.getsockname()
-    return [address[0]] if isinstance(address, tuple) else []
-
-
 def post_worker_init(worker):
-    """Tell the application which worker serves it."""
+    """Tell the application which worker serves it, and let Ctrl-C end it at once.
+
+    Running streams are cut off then. gunicorn's own handler would wait for their threads, and for ever
+    where it interrupts the main thread in the middle of handing a request to one.
+    """
     worker.wsgi.extensions["aiproxy"].serve(worker)
-
-
-def worker_int(worker):
-    """Ctrl-C: end at once. Running streams are cut off; gunicorn would wait for their threads."""
-    os._exit(0)
+    for interrupt in (signal.SIGINT, signal.SIGQUIT):
+        signal.signal(interrupt, lambda *_: os._exit(0))
 
 
 def when_ready(server):
-    """Say where it listens and how to try it."""
+    """Say where it listens and how to try it; sockets that were inherited are known only here."""
+    _check_addresses(
+        listener.sock.getsockname() for listener in server.LISTENERS if hasattr(listener, "sock")
+    )
     for warning in _config.warnings:
         print(f"warning: {warning}", flush=True)
     if not _config.may_serve_strangers:

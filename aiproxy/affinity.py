@@ -6,6 +6,7 @@ of upstreams: no table to keep, the same in every worker and on every machine, a
 fails, only its own sessions move.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -34,7 +35,8 @@ def key_of(setting: str, client: str, headers: Iterable[tuple[str, str]], body: 
         return None
     session = _session(list(headers), body)
     if session is None and setting == PREFIX:
-        session = _prefix(body)
+        with contextlib.suppress(RecursionError):  # nested too deeply: for an upstream to judge
+            session = _prefix(body)
     return None if session is None else f"{client}\n{session}"
 
 

@@ -23,6 +23,7 @@ _KEY_FORMS = re.compile(r"\bsk-[A-Za-z0-9_-]{6,}|(?i:\bbearer\s+)[A-Za-z0-9._~+/
 #: Characters of one field at most.
 FIELD = 500
 
+_PLAIN = re.compile(r"[A-Za-z0-9]+")
 _BARE = re.compile(r"[A-Za-z0-9_./:@+-]+")
 # What a terminal or a log viewer may take for a line's end or for a command.
 _UNSAFE = re.compile(r"[\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
@@ -37,7 +38,7 @@ class Redactor:
     def __init__(self, tokens: Iterable[str], keys: Iterable[str] = ()) -> None:
         """`tokens`: the upstreams'; `keys`: the clients'."""
         tokens = _worth_hiding(tokens)
-        self._secrets = [*tokens, *_worth_hiding(keys)]
+        self._secrets = [(secret, _core(secret)) for secret in (*tokens, *_worth_hiding(keys))]
         self._tokens = re.compile(_any_of(tokens)) if tokens else None
 
     def text(self, text: str, limit: int, secrets: Iterable[str] = ()) -> str:
@@ -45,10 +46,12 @@ class Redactor:
 
         Redacts before it cuts, and drops what may be the first part of a secret at the cut.
         """
-        hidden = [*self._secrets, *_worth_hiding(secrets)]
-        longest = max([64, *map(len, hidden)]) * 6  # as long as escapes make it
+        known = [*self._secrets, *((secret, _core(secret)) for secret in _worth_hiding(secrets))]
+        longest = max([64, *(len(secret) for secret, _ in known)]) * 6  # as long as escapes make it
         is_cut = len(text) > limit + longest
         shown = text[: limit + longest]
+        # Hundreds of keys are looked for in each field; hardly any is there.
+        hidden = [secret for secret, core in known if core in shown]
         if hidden:  # before the usual forms, which may end in the middle of a secret
             shown = re.sub(_any_of(hidden), _REDACTED, shown)
         shown = _KEY_FORMS.sub(_REDACTED, shown)
@@ -76,6 +79,11 @@ class Redactor:
 def _worth_hiding(secrets: Iterable[str]) -> list[str]:
     """All but stand-ins such as "x", "none" or "ollama": hiding those would blot out whole lines."""
     return [secret for secret in secrets if len(secret) >= 8 or (len(secret) >= 5 and not secret.isalpha())]
+
+
+def _core(secret: str) -> str:
+    """The longest part of a secret that no escaping changes."""
+    return max(_PLAIN.findall(secret), key=len, default="")
 
 
 def _any_of(secrets: list[str]) -> str:

@@ -123,6 +123,8 @@ class Relay:
                 self._end(self._so_far("broken"))
             except CallFailed as failed:
                 if failed.fault is Fault.CLIENT_LEFT:
+                    # One that only closed its sending side still reads: it must not see a clean end.
+                    self._to_cut = not self._stopped
                     self._end(self._so_far("client_left"))
                     break
                 return self._break(_BREAKS.get(failed.fault, "broken"), failed.detail)

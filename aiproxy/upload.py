@@ -33,6 +33,9 @@ class Upload:
         self._declared = int(declared) if declared.isdigit() else None
         self._is_empty = not self._declared and "HTTP_TRANSFER_ENCODING" not in environ
         self._spoilt = False
+        self._is_last = environ.get("SERVER_PROTOCOL") == "HTTP/1.0" or (
+            "close" in environ.get("HTTP_CONNECTION", "").lower()
+        )
 
     def read(self, limit: int) -> bytes:
         """The whole body.
@@ -66,14 +69,15 @@ class Upload:
         self._spoilt |= left <= 0 or time.monotonic() >= ends
 
     def end(self) -> None:
-        """After the answer: a connection on which a part of the upload is still to come is no good.
+        """After the answer, where the connection carries no other request.
 
-        What comes would be read as the next request, and gunicorn's main thread would wait two seconds
-        for the client to close, and accept nobody meanwhile.
+        gunicorn's main thread would wait two seconds for the client to close it, and accept nobody
+        meanwhile; and what is still to come of an upload would be read as the next request.
         """
-        if self._spoilt and self._client is not None:
+        if self._client is not None and (self._spoilt or self._is_last):
             with contextlib.suppress(OSError):
-                socket.socket.shutdown(self._client, socket.SHUT_RDWR)
+                ways = socket.SHUT_RDWR if self._spoilt else socket.SHUT_RD
+                socket.socket.shutdown(self._client, ways)
 
     def abort(self, reason: Reason) -> None:
         """End the upload: from here on it reads as ended, and the answer can still be sent."""

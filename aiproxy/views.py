@@ -68,10 +68,11 @@ class Response(flask.Response):
 class Visit:
     """One request's stay: its place in flight, and the watch on its client. Left exactly once."""
 
-    def __init__(self, slot: Slot, watcher: Watcher) -> None:
+    def __init__(self, slot: Slot, watcher: Watcher, upload: Upload) -> None:
         self.scope = Scope()
         self._slot = slot
         self._watcher = watcher
+        self._upload = upload
         self._client: Client | None = None
 
     def watch(self, client: socket.socket | None) -> None:
@@ -82,10 +83,10 @@ class Visit:
     def see_out(self, content: bytes | Relay) -> Relay | Whole:
         """The response body: its last bytes free the place in flight, its close ends the watch."""
         if isinstance(content, Relay):
-            content.watch(on_last=self._slot.leave, on_close=self._unwatch)
+            content.watch(on_last=self._slot.leave, on_close=self._close)
             body: Relay | Whole = content
         else:
-            body = Whole(content, on_last=self._slot.leave, on_close=self._unwatch)
+            body = Whole(content, on_last=self._slot.leave, on_close=self._close)
         if self._client is not None:
             self._client.follow(lambda: body.bytes)
         return body
@@ -94,6 +95,10 @@ class Visit:
         """There will be no response."""
         self._unwatch()
         self._slot.leave()
+
+    def _close(self) -> None:
+        self._unwatch()
+        self._upload.end()
 
     def _unwatch(self) -> None:
         if self._client is not None:
@@ -176,7 +181,7 @@ def _forwarded(doors: Doors, forward: Forward, path: str | None = None) -> flask
     if slot is None:
         busy = ApiError(529, "overloaded_error", "aiproxy has as many requests in flight as it may have.")
         return _refusal(busy, [("retry-after", "1")])
-    visit = Visit(slot, doors.watcher)
+    visit = Visit(slot, doors.watcher, flask.g.upload)
     try:
         client = _check_key(doors.keys)
         request = _request(doors, client, visit.scope, began)

@@ -1,5 +1,6 @@
 """Sessions and their upstreams: what names one, where it goes, what that saves; other requests beside it."""
 
+import io
 import itertools
 import json
 import random
@@ -8,10 +9,12 @@ import sys
 import uuid
 from collections import Counter
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
-import responses
+import urllib3
 from fakes import error, message_json
+from requests.adapters import HTTPAdapter
 
 from aiproxy import body
 from aiproxy.affinity import key_of, rank
@@ -33,43 +36,44 @@ class Clock:
         return self.now
 
 
-class Accounts:
-    """Upstreams that answer in process; each request goes to `reply`, with its account's name."""
+class Accounts(HTTPAdapter):
+    """Upstreams that answer in process: `reply` gets an account's name and what it is asked."""
 
-    def __init__(self, mock):
-        self._mock = mock
+    def __init__(self):
+        super().__init__()
         self.reply = lambda name, asked: (200, message_json())
         self.asked = []
 
+    def send(self, request, **_):
+        name = urlsplit(request.url).hostname.removesuffix(".test")
+        self.asked.append(name)
+        status, content = self.reply(name, json.loads(request.body))
+        headers = {"content-type": "application/json"}
+        raw = urllib3.HTTPResponse(io.BytesIO(content), headers, status, preload_content=False)
+        return self.build_response(request, raw)
+
     def client(self, weights, affinity="prompt_cache", clock=None, models=None, **settings):
-        upstreams = []
-        for name, weight in weights.items():
-            available = frozenset((models or {}).get(name, ()))
-            url = f"http://{name}.test"
-            upstreams.append(
-                UpstreamSettings(
-                    name=name, base_url=url, token="t", weight=weight, available_models=available
-                )
+        """The proxy in front of them."""
+        upstreams = [
+            UpstreamSettings(
+                name=name,
+                base_url=f"http://{name}.test",
+                token=f"sk-test-{name}",
+                weight=weight,
+                available_models=frozenset((models or {}).get(name, ())),
             )
-            self._mock.add_callback("POST", f"{url}/v1/messages", self._answering(name), content_type=None)
-        config = Config(
-            upstreams=tuple(upstreams), affinity=affinity, logging=LoggingSettings(level="error"), **settings
-        )
+            for name, weight in weights.items()
+        ]
+        quiet = LoggingSettings(level="error")
+        config = Config(upstreams=tuple(upstreams), affinity=affinity, logging=quiet, **settings)
         return create_app(config, clock or Clock()).test_client()
-
-    def _answering(self, name):
-        def answer(request):
-            self.asked.append(name)
-            status, content = self.reply(name, json.loads(request.body))
-            return status, {"content-type": "application/json"}, content
-
-        return answer
 
 
 @pytest.fixture
-def accounts():
-    with responses.RequestsMock(assert_all_requests_are_fired=False) as mock:
-        yield Accounts(mock)
+def accounts(monkeypatch):
+    accounts = Accounts()
+    monkeypatch.setattr(HTTPAdapter, "send", lambda _, request, **options: accounts.send(request, **options))
+    return accounts
 
 
 def request_of(session=None, cached=True, model="m", **extra):
@@ -330,6 +334,15 @@ def test_prefix_ignores_a_breakpoint_that_a_tool_has_or_has_not():
     assert prefix_key(marked) == prefix_key(conversation())
 
 
+def test_prefix_goes_by_the_first_message_of_the_user_s():
+    keys = set()
+    for role, content in (("assistant", "Hello."), ("system", "It is Monday."), ("system", "It is Tuesday.")):
+        asked = conversation(2)
+        asked["messages"].insert(0, {"role": role, "content": content})
+        keys.add(prefix_key(asked))
+    assert keys == {prefix_key(conversation())}
+
+
 def test_prefix_takes_a_text_for_its_one_block():
     as_text = conversation()
     as_text["messages"] = [{"role": "user", "content": "What is the weather?"}]
@@ -355,9 +368,18 @@ def test_prefix_takes_a_text_for_its_one_block():
         {"system": "\ud800"},
     ],
 )
-def test_prefix_takes_whatever_a_body_may_hold(odd):
+def test_prefix_takes_whatever_a_body_may_hold(odd, accounts):
     asked = {**conversation(mark="top"), **odd}
-    assert prefix_key(asked) == prefix_key(asked) is not None
+    client = accounts.client(WEIGHTS, affinity="prefix")
+    assert len({home(client, asked) for _ in range(4)}) == 1
+
+
+@pytest.mark.parametrize("where", ["messages", "system", "tools"])
+def test_prefix_leaves_what_is_nested_too_deeply_to_an_upstream(accounts, where):
+    nested = json.loads("[" * 700 + "]" * 700)
+    asked = conversation(mark="top", **{where: nested} if where != "messages" else {})
+    asked["messages"][0]["content"] = nested if where == "messages" else "Hi"
+    assert home(accounts.client(WEIGHTS, affinity="prefix"), asked)
 
 
 def test_prefix_keeps_a_conversation_where_it_began(accounts):
@@ -521,6 +543,10 @@ def test_a_session_goes_only_where_its_model_is_served(accounts):
         for model, serving in (("x", "ab"), ("y", "bc")):
             wanted = next(name for name in order if name in serving)
             assert home(client, request_of(session, model=model)) == wanted
+    accounts.reply = lambda name, asked: (500, b"{}")
+    accounts.asked.clear()
+    assert client.post("/v1/messages", json=request_of(SESSION, model="x"), buffered=True).status_code == 500
+    assert sorted(accounts.asked) == ["a", "b"]
 
 
 # ------------------------------------------------------------------------------------ what that saves
