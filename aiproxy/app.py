@@ -58,7 +58,8 @@ def create_app(config: Config, clock: Callable[[], float] = time.monotonic) -> f
     watcher = Watcher(patience=config.timeouts.idle)
     tools = Tools(Transport(watcher, config.timeouts.connect), watcher, config.timeouts)
     redactor = logs.Redactor(
-        tokens=[each.token for each in config.upstreams], keys=[each.key for each in config.api_keys]
+        tokens=[each.token for each in config.upstreams],
+        keys=[each.key for each in config.api_keys] + _header_secrets(config),
     )
     gate = Gate(config.max_in_flight)
     gate.serve_with(DEFAULT_THREADS)
@@ -76,3 +77,9 @@ def create_app(config: Config, clock: Callable[[], float] = time.monotonic) -> f
     app.register_blueprint(create_blueprint(doors))
     app.extensions["aiproxy"] = Service(gate, watcher, tools.transport)
     return app
+
+
+def _header_secrets(config: Config) -> list[str]:
+    """Configured header values that may be keys: a team's name is too short for one."""
+    values = [value for upstream in config.upstreams for value in upstream.headers.values()]
+    return [value for value in values if len(value) >= 16]
