@@ -12,7 +12,7 @@ from .balancer import Balancer
 from .breaker import Breaker
 from .config import Config
 from .forwarder import Forwarder
-from .gate import Gate
+from .gate import SPARE, Gate
 from .keys import Keys
 from .models import Models
 from .threads import Owners
@@ -58,8 +58,8 @@ def create_app(config: Config, clock: Callable[[], float] = time.monotonic) -> f
     watcher = Watcher(patience=config.timeouts.idle)
     tools = Tools(Transport(watcher, config.timeouts.connect), watcher, config.timeouts)
     redactor = logs.Redactor(
-        tokens=[each.token for each in config.upstreams],
-        keys=[each.key for each in config.api_keys] + _header_secrets(config),
+        tokens=[each.token for each in config.upstreams] + _header_secrets(config),
+        keys=[each.key for each in config.api_keys],
     )
     gate = Gate(config.max_in_flight)
     gate.serve_with(DEFAULT_THREADS)
@@ -69,6 +69,7 @@ def create_app(config: Config, clock: Callable[[], float] = time.monotonic) -> f
         models=Models(enabled),
         keys=Keys({each.name: each.key for each in config.api_keys}),
         gate=gate,
+        drains=Gate(SPARE // 2),
         watcher=watcher,
         redactor=redactor,
     )

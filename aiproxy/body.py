@@ -89,7 +89,7 @@ def text(value: bytes) -> str | None:
         return None
     try:
         return msgspec.json.decode(value, type=str)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError):
         pass
     try:
         return str(json.loads(value))

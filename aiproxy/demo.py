@@ -30,13 +30,17 @@ _TEXT = (
 
 
 class DemoAdapter(HTTPAdapter):
-    """Answers requests to `demo://answers` and `demo://overloaded`."""
+    """Answers messages requests to `demo://answers` and `demo://overloaded`."""
 
     def send(self, request: requests.PreparedRequest, *args: Any, **kwargs: Any) -> requests.Response:
         request_id = f"req_demo_{uuid.uuid4().hex[:16]}"
         asked = members(bytes(request.body or b"{}"))  # type: ignore[arg-type]
         model = text(asked.get("model", b"")) or ""
-        if urlsplit(request.url or "").hostname == "overloaded":
+        address = urlsplit(request.url or "")
+        if address.path != "/v1/messages":
+            status, content_type = 404, "application/json"
+            pieces = [error_body("not_found_error", "The demo upstreams have messages only.", request_id)]
+        elif address.hostname == "overloaded":
             status, content_type = 529, "application/json"
             pieces = [error_body("overloaded_error", "The demo upstream is always overloaded.", request_id)]
         elif asked.get("stream") == b"true":

@@ -93,7 +93,7 @@ class Forwarder:
     def _serving(self, request: Request) -> list[Upstream]:
         serving = self._balancer.serving(request.body.model)
         if not serving:
-            raise ApiError(404, "not_found_error", f"model: no upstream serves {request.body.model}")
+            raise ApiError(404, "not_found_error", f"model: no upstream serves {request.body.model[:100]}")
         return serving
 
     def _thread_owner(self, request: Request, serving: list[Upstream]) -> list[Upstream]:

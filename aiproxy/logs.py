@@ -39,6 +39,7 @@ class Redactor:
         """`tokens`: the upstreams'; `keys`: the clients'."""
         tokens = _worth_hiding(tokens)
         self._secrets = [(secret, _core(secret)) for secret in (*tokens, *_worth_hiding(keys))]
+        self._longest = max((len(secret) for secret, _ in self._secrets), default=0)
         self._tokens = re.compile(_any_of(tokens)) if tokens else None
 
     def text(self, text: str, limit: int, secrets: Iterable[str] = ()) -> str:
@@ -46,12 +47,13 @@ class Redactor:
 
         Redacts before it cuts, and drops what may be the first part of a secret at the cut.
         """
-        known = [*self._secrets, *((secret, _core(secret)) for secret in _worth_hiding(secrets))]
-        longest = max([64, *(len(secret) for secret, _ in known)]) * 6  # as long as escapes make it
+        own = _worth_hiding(secrets)
+        longest = max(self._longest, *map(len, own), 64) * 6  # as long as escapes make it
         is_cut = len(text) > limit + longest
         shown = text[: limit + longest]
         # Hundreds of keys are looked for in each field; hardly any is there.
-        hidden = [secret for secret, core in known if core in shown]
+        hidden = [secret for secret, core in self._secrets if core in shown]
+        hidden += [secret for secret in own if _core(secret) in shown]
         if hidden:  # before the usual forms, which may end in the middle of a secret
             shown = re.sub(_any_of(hidden), _REDACTED, shown)
         shown = _KEY_FORMS.sub(_REDACTED, shown)

@@ -30,7 +30,7 @@ class Models:
     def one(self, name: str) -> bytes:
         """One model. Raises `ApiError` 404."""
         if name not in self._names:
-            raise ApiError(404, "not_found_error", f"model: {name}")
+            raise ApiError(404, "not_found_error", f"model: {name[:100]}")
         return json.dumps(_described(name)).encode()
 
     def page(self, query: Mapping[str, str]) -> bytes:
@@ -39,7 +39,7 @@ class Models:
         Raises `ApiError` 400. https://docs.anthropic.com/en/api/models-list
         """
         limit = query.get("limit", str(_PAGE))
-        if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:9]) <= _LARGEST_PAGE):
+        if not (limit.isascii() and limit.isdigit() and len(limit) < 9 and 1 <= int(limit) <= _LARGEST_PAGE):
             raise ApiError(400, "invalid_request_error", f"limit: expected 1 to {_LARGEST_PAGE}.")
         if "after_id" in query and "before_id" in query:
             raise ApiError(400, "invalid_request_error", "after_id and before_id cannot both be given.")

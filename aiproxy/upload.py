@@ -68,6 +68,10 @@ class Upload:
         deadline.cancel()
         self._spoilt |= left <= 0 or time.monotonic() >= ends
 
+    def give_up(self) -> None:
+        """Read no more of it."""
+        self._spoilt |= not self._is_empty
+
     def end(self) -> None:
         """After the answer, where the connection carries no other request.
 

@@ -47,6 +47,7 @@ class Doors(msgspec.Struct, frozen=True):
     models: Models
     keys: Keys
     gate: Gate
+    drains: Gate  # how many refused bodies are read away at a time, beside the requests in flight
     watcher: Watcher
     redactor: logs.Redactor
 
@@ -60,8 +61,6 @@ class Response(flask.Response):
         except BaseException:
             self.close()
             raise
-        if environ["REQUEST_METHOD"] == "HEAD":  # werkzeug then hands out no body that would close it
-            self.close()
         return body
 
 
@@ -145,28 +144,28 @@ def create_blueprint(doors: Doors) -> flask.Blueprint:
 
     for path in _PROBES:
         blueprint.add_url_rule(path, "probe", _probe, methods=["GET"], provide_automatic_options=False)
-    _add_error_handlers(blueprint)
+    _add_error_handlers(blueprint, doors)
     return blueprint
 
 
-def _add_error_handlers(blueprint: flask.Blueprint) -> None:
+def _add_error_handlers(blueprint: flask.Blueprint, doors: Doors) -> None:
     @blueprint.app_errorhandler(ApiError)
     def ours(error: ApiError) -> flask.Response:
-        return _refusal(error)
+        return _turn_away(doors, error)
 
     @blueprint.app_errorhandler(HTTPException)
     def flasks(error: HTTPException) -> flask.Response:
         if error.code == 405:
             allowed = error.get_response().headers.get("Allow", "")
             message = f"{flask.request.method} is not allowed here, only {allowed} is."
-            return _refusal(ApiError(405, "invalid_request_error", message), [("allow", allowed)])
+            return _turn_away(doors, ApiError(405, "invalid_request_error", message), [("allow", allowed)])
         asked = f"{flask.request.method} {flask.request.path[:100]}"
-        return _refusal(ApiError(404, "not_found_error", f"aiproxy does not serve {asked}."))
+        return _turn_away(doors, ApiError(404, "not_found_error", f"aiproxy does not serve {asked}."))
 
     @blueprint.app_errorhandler(Exception)
     def bug(error: Exception) -> flask.Response:
         logs.exception("bug", id=flask.g.request_id)
-        return _refusal(ApiError(500, "api_error", "Internal error in aiproxy; its log tells more."))
+        return _turn_away(doors, ApiError(500, "api_error", "Internal error in aiproxy; its log tells more."))
 
 
 def _probe() -> flask.Response:
@@ -180,7 +179,7 @@ def _forwarded(doors: Doors, forward: Forward, path: str | None = None) -> flask
     slot = doors.gate.enter()
     if slot is None:
         busy = ApiError(529, "overloaded_error", "aiproxy has as many requests in flight as it may have.")
-        return _refusal(busy, [("retry-after", "1")])
+        return _turn_away(doors, busy, [("retry-after", "1")])
     visit = Visit(slot, doors.watcher, flask.g.upload)
     try:
         client = _check_key(doors.keys)
@@ -282,6 +281,22 @@ def _own(status: int, content: bytes, headers: Pairs | None = None) -> flask.Res
     """An answer that no upstream had a part in."""
     pairs = [("content-type", "application/json"), ("request-id", flask.g.request_id), *(headers or [])]
     return _response(status, pairs, content)
+
+
+def _turn_away(doors: Doors, error: ApiError, headers: Pairs | None = None) -> flask.Response:
+    """As `_refusal`, for a request that has no place in flight.
+
+    Reading its body away takes a thread all the same: few may at a time, so that some stay free to
+    answer; of the others the body is given up, and with it the connection.
+    """
+    slot = doors.drains.enter()
+    if slot is None:
+        flask.g.upload.give_up()
+        return _refusal(error, headers)
+    try:
+        return _refusal(error, headers)
+    finally:
+        slot.leave()
 
 
 def _refusal(error: ApiError, headers: Pairs | None = None) -> flask.Response:

@@ -20,6 +20,8 @@ from collections.abc import Callable
 from enum import Enum
 from typing import Protocol
 
+from . import logs
+
 #: Seconds before a stopping worker's end at which the requests that are left are ended.
 LAST_SECONDS = 2.0
 #: Seconds between two looks at whether the worker is stopping: gunicorn tells nobody.
@@ -243,9 +245,12 @@ class Watcher:
                     os.eventfd_read(self._wake)
                 else:
                     self._hung_up(descriptor)
-            self._expire()
-            self._sweep()
-            self._see_out()
+            try:
+                self._expire()
+                self._sweep()
+                self._see_out()
+            except Exception:  # a bug must not end the one thread that ends calls
+                logs.exception("bug", thread="watch")
         with self._lock:
             self._started = False
             self._epoll.close()

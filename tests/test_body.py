@@ -117,3 +117,9 @@ def test_the_preview_is_the_last_user_text():
 )
 def test_a_preview_of_odd_messages_is_empty(messages):
     assert preview(messages) == ""
+
+
+def test_text_that_is_no_utf_8_spells_nothing():
+    assert body.text(b'"a\xff"') is None
+    with pytest.raises(ApiError, match="model"):
+        body.read(b'{"model":"a\xff"}')

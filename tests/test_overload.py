@@ -545,3 +545,16 @@ def test_none_of_this_left_a_traceback_but_the_bug_s(proxy):
     tracebacks = [line for line in proxy.stdout_lines() if re.match(r"  \| \w*Error", line)]
     assert set(tracebacks) <= {"  | ZeroDivisionError: a bug"}
     assert "Traceback" not in proxy.stderr
+
+
+def test_probes_are_answered_beside_refused_uploads_that_stall(upstream, serve, config_of):
+    served = serve(config_of([upstream()], max_in_flight=1), gunicorn_args=["--threads", "9"])
+    with ExitStack() as stack:
+        for _ in range(12):
+            client = stack.enter_context(RawClient.to(served.url))
+            client.send(b"POST /v1/files HTTP/1.1\r\nhost: x\r\ncontent-length: 100000\r\n\r\nx")
+        began = time.monotonic()
+        probe = stack.enter_context(RawClient.to(served.url))
+        probe.request("GET", "/")
+        assert probe.read().status == 200
+        assert time.monotonic() - began < 1
