@@ -3,7 +3,6 @@
 import json
 import os
 import shlex
-import signal
 import sys
 
 from aiproxy.config import ConfigError, is_loopback, load, path_from
@@ -15,7 +14,7 @@ except ConfigError as error:
     sys.exit(str(error))
 
 bind = _config.address
-worker_class = "gthread"
+worker_class = "aiproxy.worker.Worker"  # gthread's, which stops without losing a request
 workers = 1
 threads = 256  # one a request in flight, streams included
 worker_connections = 2048  # kept-alive connections wait without a thread
@@ -35,17 +34,6 @@ def _check_addresses(addresses):
     hosts = [address[0] for address in addresses if isinstance(address, tuple)]
     if not _config.may_serve_strangers and not all(map(is_loopback, hosts)):
         sys.exit("bind: other machines may reach it: set api_keys, or allow_anonymous: true")
-
-
-def post_worker_init(worker):
-    """Tell the application which worker serves it, and let Ctrl-C end it at once.
-
-    Running streams are cut off then. gunicorn's own handler would wait for their threads, and for ever
-    where it interrupts the main thread in the middle of handing a request to one.
-    """
-    worker.wsgi.extensions["aiproxy"].serve(worker)
-    for interrupt in (signal.SIGINT, signal.SIGQUIT):
-        signal.signal(interrupt, lambda *_: os._exit(0))
 
 
 def when_ready(server):

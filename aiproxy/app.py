@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable
-from typing import Any
 
 import flask
 
@@ -33,10 +32,13 @@ class Service:
         self._watcher = watcher
         self._transport = transport
 
-    def serve(self, worker: Any) -> None:
-        """`worker`: gunicorn's, once it is up."""
-        self._gate.serve_with(worker.cfg.threads)
-        self._watcher.attend(worker, worker.cfg.graceful_timeout)
+    def serve(self, threads: int) -> None:
+        """`threads`: how many the server has for requests."""
+        self._gate.serve_with(threads)
+
+    def see_out(self, graceful_timeout: float) -> None:
+        """The server stops; see `Watcher.see_out`."""
+        self._watcher.see_out(graceful_timeout)
 
     def close(self) -> None:
         """Give back the thread, its descriptors and the kept connections."""

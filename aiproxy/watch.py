@@ -24,8 +24,6 @@ from . import logs
 
 #: Seconds before a stopping worker's end at which the requests that are left are ended.
 LAST_SECONDS = 2.0
-#: Seconds between two looks at whether the worker is stopping: gunicorn tells nobody.
-LOOK = 0.3
 
 
 class Reason(Enum):
@@ -70,13 +68,6 @@ class Scope:
                 self._reason = reason
             if self._call is not None:
                 self._call.abort(self._reason)
-
-
-class Worker(Protocol):
-    """What gunicorn's worker tells of its end."""
-
-    alive: bool
-    sockets: list[socket.socket]
 
 
 class Deadline:
@@ -142,10 +133,8 @@ class Watcher:
         self._order = itertools.count()  # a tie-break, since deadlines do not compare
         self._cancelled = 0
         self._clients: dict[int, Client] = {}
-        self._worker: Worker | None = None
-        self._grace = 0.0
-        self._next_look = 0.0
-        self._ends: float | None = None  # when the requests left are ended, once the worker stops
+        self._ends = float("inf")  # when the requests that are left are ended
+        self._ended = False
         self._next_sweep = 0.0
         self._asleep_until = 0.0
         self._started = False
@@ -170,7 +159,7 @@ class Watcher:
             if not self._started:  # closed
                 return client
             self._clients[client.descriptor] = client
-            ending = self._ends is not None and time.monotonic() >= self._ends
+            ending = time.monotonic() >= self._ends
             self._epoll.register(client.descriptor, select.EPOLLRDHUP)
             self._next_sweep = min(self._next_sweep, time.monotonic() + self._patience / 4)
             self._wake_by(self._next_sweep)
@@ -178,17 +167,15 @@ class Watcher:
             scope.abort(Reason.RESTART)
         return client
 
-    def attend(self, worker: Worker, graceful_timeout: float) -> None:
-        """See a stopping worker out, which gunicorn kills after `graceful_timeout` seconds.
+    def see_out(self, graceful_timeout: float) -> None:
+        """The worker stops, and is killed after `graceful_timeout` seconds.
 
-        Its listening sockets are closed at once, since gunicorn leaves them open and unserved; shortly
-        before the end the requests that are left are ended properly.
+        Shortly before, the requests that are left are ended properly.
         """
         with self._lock:
-            self._worker = worker
-            self._grace = max(0.0, graceful_timeout - LAST_SECONDS)
+            self._ends = time.monotonic() + max(0.0, graceful_timeout - LAST_SECONDS)
             self._start()
-            self._wake_by(0.0)
+            self._wake_by(self._ends)
 
     def cancel(self, deadline: Deadline) -> None:
         """See `Deadline.cancel`."""
@@ -248,7 +235,7 @@ class Watcher:
             try:
                 self._expire()
                 self._sweep()
-                self._see_out()
+                self._end()
             except Exception:  # a bug must not end the one thread that ends calls
                 logs.exception("bug", thread="watch")
         with self._lock:
@@ -260,8 +247,8 @@ class Watcher:
         """Seconds until something is due."""
         with self._lock:
             at = min(self._heap[0][0] if self._heap else float("inf"), self._next_sweep)
-            if self._worker is not None:
-                at = min(at, time.monotonic() + LOOK)
+            if not self._ended:
+                at = min(at, self._ends)
             self._asleep_until = at
         return None if at == float("inf") else max(0.0, at - time.monotonic())
 
@@ -302,21 +289,12 @@ class Watcher:
         for client in stalled:
             client.scope.abort(Reason.CLIENT_LEFT)
 
-    def _see_out(self) -> None:
-        now = time.monotonic()
+    def _end(self) -> None:
+        """End what is left; what comes later ends as it comes."""
         with self._lock:
-            if self._worker is None or self._worker.alive or now < self._next_look:
+            if self._ended or time.monotonic() < self._ends:
                 return
-            self._next_look = now + LOOK
-            if self._ends is None:
-                # Not closed at this look: gunicorn's main thread may be about to accept from them.
-                self._ends = now + self._grace
-                return
-            for listener in self._worker.sockets:
-                listener.close()
-            if now < self._ends:
-                return
-            self._worker = None
+            self._ended = True
             left = list(self._clients.values())
         for client in left:
             client.scope.abort(Reason.RESTART)

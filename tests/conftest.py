@@ -105,6 +105,11 @@ class Served:
         """Where it serves: `http://127.0.0.1:port`."""
         return f"http://{HOST}:{self.port}"
 
+    def workers(self) -> list[int]:
+        """The process ids of its workers."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        return [int(pid) for pid in children.read_text().split()]
+
     def stdout_lines(self) -> list[str]:
         """The lines on standard output so far: the proxy's own log."""
         return self._stdout.lines()

@@ -1,5 +1,7 @@
 """A worker that stops: new requests are refused at once, those that run get their time and a proper end."""
 
+import contextlib
+import os
 import signal
 import socket
 import threading
@@ -59,3 +61,18 @@ def test_what_still_runs_before_the_end_is_told_and_counts_against_nobody(upstre
     assert (got.status, got.ending) == ((200, "cut") if stream else (529, "end"))
     assert served.wait_exit() == 0
     assert " circuit " not in "\n".join(served.stdout_lines())
+
+
+def test_who_waits_to_be_accepted_when_it_stops_is_still_answered(upstream, serve, config_of):
+    served = serve(config_of([upstream()]), gunicorn_args=["--graceful-timeout", "10"])
+    (worker,) = served.workers()
+    with contextlib.ExitStack() as stack:
+        os.kill(worker, signal.SIGSTOP)
+        clients = [stack.enter_context(RawClient.to(served.url)) for _ in range(8)]
+        for client in clients:
+            client.post(ASK)
+        stop(served)
+        served.wait_for_stderr("Handling signal: term")
+        os.kill(worker, signal.SIGCONT)
+        assert [client.read().status for client in clients] == [200] * 8
+    assert served.wait_exit() == 0
