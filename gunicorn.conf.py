@@ -5,13 +5,16 @@ import os
 import shlex
 import sys
 
-from aiproxy.config import ConfigError, is_loopback, load, path_from
+from aiproxy.config import ConfigError, check_addresses, path_from
+from aiproxy.reload import LastGood, start
 
 try:
     # Here, before any port is opened: a faulty configuration must stop the start.
-    _config = load(path_from(os.environ))
+    _begun = start(path_from(os.environ), last_good=None)
 except ConfigError as error:
     sys.exit(str(error))
+_config = _begun.config
+LastGood.create(_begun.content, os.environ)
 
 bind = _config.address
 worker_class = "aiproxy.worker.Worker"  # gthread's, which stops without losing a request
@@ -26,21 +29,19 @@ control_socket_disable = True
 
 def on_starting(server):
     """Before any port is opened: the command line may bind another address than the configuration."""
-    _check_addresses(address for address in server.address if isinstance(address, tuple))
+    _check(server.address)
 
 
-def _check_addresses(addresses):
-    """Without keys, none that other machines may reach; unix sockets are no matter here."""
-    hosts = [address[0] for address in addresses if isinstance(address, tuple)]
-    if not _config.may_serve_strangers and not all(map(is_loopback, hosts)):
-        sys.exit("bind: other machines may reach it: set api_keys, or allow_anonymous: true")
+def _check(addresses):
+    try:
+        check_addresses(_config, addresses)
+    except ConfigError as error:
+        sys.exit(str(error))
 
 
 def when_ready(server):
     """Say where it listens and how to try it; sockets that were inherited are known only here."""
-    _check_addresses(
-        listener.sock.getsockname() for listener in server.LISTENERS if hasattr(listener, "sock")
-    )
+    _check(listener.sock.getsockname() for listener in server.LISTENERS if hasattr(listener, "sock"))
     for warning in _config.warnings:
         print(f"warning: {warning}", flush=True)
     if not _config.may_serve_strangers:

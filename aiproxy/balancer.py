@@ -9,7 +9,7 @@ do answer share the requests exactly by weight.
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from . import logs
 from .breaker import Change, Outcome, Pass, Permit
@@ -56,13 +56,23 @@ class Choice:
 class Balancer:
     """Thread-safe."""
 
-    def __init__(self, upstreams: Sequence[Upstream]) -> None:
+    def __init__(self, upstreams: Sequence[Upstream], cursor: Mapping[str, int] | None = None) -> None:
+        """`cursor`: where another balancer's was, for the upstreams that had the same names."""
         self.upstreams = tuple(upstreams)
         self._lock = threading.Lock()
-        self._current = dict.fromkeys(self.upstreams, 0)
+        # Within what the weights can bring about: after a great change of weights it would last too long.
+        bound = sum(upstream.weight for upstream in self.upstreams)
+        was = cursor or {}
+        self._current = {each: max(-bound, min(bound, was.get(each.name, 0))) for each in self.upstreams}
+
+    @property
+    def cursor(self) -> dict[str, int]:
+        """Where the round robin is: each upstream's number by its name."""
+        with self._lock:
+            return {upstream.name: current for upstream, current in self._current.items()}
 
     def serving(self, model: str) -> list[Upstream]:
-        """The upstreams that a request for `model` may go to."""
+        """The upstreams that a request for `model` may go to, those that are being drained included."""
         return [upstream for upstream in self.upstreams if upstream.serves(model)]
 
     def candidates(self, among: Sequence[Upstream], preferred: Sequence[Upstream] = ()) -> "Walk":

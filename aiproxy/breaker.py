@@ -45,6 +45,14 @@ class Change(msgspec.Struct, frozen=True):
     seconds: float = 0.0  # until the upstream is tried again
 
 
+class Circuit(msgspec.Struct, frozen=True):
+    """How a circuit is at one moment."""
+
+    state: str  # closed, resting, open, half_open
+    seconds: float = 0.0  # until the upstream is tried again
+    failures: int = 0  # in a row
+
+
 class Breaker:
     """Thread-safe; every method is arithmetic only and returns at once."""
 
@@ -71,6 +79,33 @@ class Breaker:
         """The clock's time from which the upstream may be tried again; past where it is usable."""
         with self._lock:
             return max(self._open_until or 0.0, self._rest_until)
+
+    def circuit(self) -> Circuit:
+        """How it is now, for people and for monitors."""
+        with self._lock:
+            now = self._clock()
+            open_for = (self._open_until or now) - now
+            rest_for = self._rest_until - now
+            if open_for > 0:
+                return Circuit("open", max(open_for, rest_for), self._failures)
+            if rest_for > 0:
+                return Circuit("resting", rest_for, self._failures)
+            return Circuit("closed" if self._open_until is None else "half_open", 0.0, self._failures)
+
+    def close(self) -> Change | None:
+        """Close the circuit by hand, and end a rest; what is under way decides nothing any more."""
+        with self._lock:
+            return self._close()
+
+    def configure(self, failures: int, cooldown: float) -> None:
+        """Take new settings; what is open or rests does so no longer than the new cooldown from now."""
+        with self._lock:
+            self._threshold = failures
+            self._cooldown = cooldown
+            latest = self._clock() + cooldown
+            self._rest_until = min(self._rest_until, latest)
+            if self._open_until is not None:
+                self._open_until = min(self._open_until, latest)
 
     def acquire(self) -> Permit | None:
         """Leave for an attempt: ordinary, or the trial of a half-open circuit; None while open or resting."""
@@ -153,13 +188,16 @@ class Breaker:
 
     def _succeeded(self, permit: Permit) -> Change | None:
         if permit.kind is not Pass.ORDINARY:
-            was_open = self._open_until is not None
-            self._generation += 1
-            self._failures = 0
-            self._open_until = None
-            self._rest_until = 0.0
-            self._trial_running = False
-            return Change("closed") if was_open else None
+            return self._close()
         if permit.began > self._latest_failure:
             self._failures = 0
         return None
+
+    def _close(self) -> Change | None:
+        was_open = self._open_until is not None or self._clock() < self._rest_until
+        self._generation += 1
+        self._failures = 0
+        self._open_until = None
+        self._rest_until = 0.0
+        self._trial_running = False
+        return Change("closed") if was_open else None

@@ -107,6 +107,7 @@ class Config(msgspec.Struct, frozen=True):
     allow_anonymous: bool = False
     affinity: str = "prompt_cache"
     max_in_flight: int | None = None
+    admin: ClientKey | None = None
     upstreams: tuple[UpstreamSettings, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -144,10 +145,13 @@ def path_from(environ: Mapping[str, str]) -> Path:
     return Path(environ.get("AIPROXY_CONFIG") or "config.yaml")
 
 
-def load(path: Path, environ: Mapping[str, str] = os.environ) -> Config:
-    """Read, check and freeze the configuration; raises `ConfigError` with all of its faults."""
+def load(path: Path, environ: Mapping[str, str] = os.environ, content: bytes | None = None) -> Config:
+    """Read, check and freeze the configuration; raises `ConfigError` with all of its faults.
+
+    `content`: the file's, where it has been read already.
+    """
     file = _File(path, environ)
-    root = _parse(file, path)
+    root = _parse(file, path, content)
     found = root.read(lambda value: value.fields(_CONFIG))
     if found is not None and "upstreams" not in found:
         root.fault("is missing, expected a list with at least one upstream", "upstreams")
@@ -157,6 +161,8 @@ def load(path: Path, environ: Mapping[str, str] = os.environ) -> Config:
         raise ConfigError(_in_order(file.faults))
     if "listen" in found:
         found["port"] = found.pop("listen")
+    if "admin_key" in found:
+        found["admin"] = found.pop("admin_key")
     return Config(**found, warnings=_in_order(file.warnings))
 
 
@@ -166,6 +172,16 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host.lower().rstrip(".") == "localhost"
+
+
+def check_addresses(config: Config, addresses: Iterable[Any]) -> None:
+    """What is truly listened on, as sockets tell it: the command line may bind other addresses.
+
+    Raises `ConfigError` where strangers would be served without keys. Unix sockets are no matter here.
+    """
+    hosts = [address[0] for address in addresses if isinstance(address, tuple)]
+    if not config.may_serve_strangers and not all(map(is_loopback, hosts)):
+        raise ConfigError(["bind: other machines may reach it: set api_keys, or allow_anonymous: true"])
 
 
 def _check_anonymous(root: "_Value", bind: str | None) -> None:
@@ -359,10 +375,10 @@ class _Value:
         told.append((place, f"{self.file.name}: {path}: {text}" if path else f"{self.file.name}: {text}"))
 
 
-def _parse(file: _File, path: Path) -> _Value:
+def _parse(file: _File, path: Path, content: bytes | None) -> _Value:
     """The file's one document, as a tree: nothing is built from it yet, so aliases cost nothing."""
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = (path.read_bytes() if content is None else content).decode("utf-8-sig")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except FileNotFoundError:
         problem = "there is no such file, expected one: copy config.example.yaml there, or set AIPROXY_CONFIG"
@@ -735,6 +751,10 @@ def _client_key(value: _Value) -> ClientKey:
     return ClientKey(found.get("name") or "", found.get("key") or "")
 
 
+def _admin_key(value: _Value) -> ClientKey:
+    return ClientKey("admin", _token(value))
+
+
 def _api_keys(value: _Value) -> tuple[ClientKey, ...]:
     items = value.items()
     if not items:
@@ -828,5 +848,6 @@ _CONFIG: dict[str, Callable[[_Value], Any]] = {
     "allow_anonymous": _boolean,
     "affinity": _one_of("none", "prompt_cache", "prefix"),
     "max_in_flight": _whole("a whole number, 1 or more", 1),
+    "admin_key": _hidden(_admin_key),
     "upstreams": _upstreams,
 }

@@ -71,7 +71,7 @@ class Forwarder:
     def pass_on(self, request: Request, cut: Cut) -> Reply:
         """As `forward`, for a request that is about no model, and so concerns neither breakers nor cursor."""
         course = Course(request, self._redactor, self._owners)
-        choices = self._beside_the_cursor(request, self._balancer.upstreams)
+        choices = self._beside_the_cursor(request, _not_draining(self._balancer.upstreams))
         return self._first_answer(request, course, choices, cut) or course.failed()
 
     def _first_answer(
@@ -94,7 +94,7 @@ class Forwarder:
         serving = self._balancer.serving(request.body.model)
         if not serving:
             raise ApiError(404, "not_found_error", f"model: no upstream serves {request.body.model[:100]}")
-        return serving
+        return _not_draining(serving)
 
     def _thread_owner(self, request: Request, serving: list[Upstream]) -> list[Upstream]:
         """The one upstream whose message thread the request continues, none if that is not known."""
@@ -109,6 +109,14 @@ class Forwarder:
         """In an order that spreads requests by weight without a cursor, those with an open circuit last."""
         ranked = rank(upstreams, self._affinity_key(request) or request.id)
         return map(Choice, sorted(ranked, key=lambda upstream: not upstream.breaker.usable()))
+
+
+def _not_draining(upstreams: Iterable[Upstream]) -> list[Upstream]:
+    """Those that take new requests. Raises `ApiError` 529 where there is none."""
+    taking = [upstream for upstream in upstreams if not upstream.draining]
+    if not taking:
+        raise ApiError(529, "overloaded_error", "Every upstream that could answer is being drained.")
+    return taking
 
 
 # What only one account has: another can but refuse it.

@@ -30,17 +30,26 @@ class Gate:
         """`limit`: requests in flight at most; None: as `serve_with` finds it."""
         self._lock = threading.Lock()
         self._configured = limit
-        self._limit = limit or 1
+        self._threads = 0
         self._inside = 0
+
+    @property
+    def inside(self) -> int:
+        """How many are in flight."""
+        return self._inside
 
     def serve_with(self, threads: int) -> None:
         """Tell how many threads the worker has; a configured limit stays as it is."""
-        self._limit = self._configured or max(1, threads - SPARE)
+        self._threads = threads
+
+    def configure(self, limit: int | None) -> None:
+        """Take another limit, in the constructor's sense; who is inside stays."""
+        self._configured = limit
 
     def enter(self) -> Slot | None:
         """A place in flight, None if all are taken."""
         with self._lock:
-            if self._inside >= self._limit:
+            if self._inside >= (self._configured or max(1, self._threads - SPARE)):
                 return None
             self._inside += 1
             return Slot(self)

@@ -172,10 +172,10 @@ class Transport:
     """Sends calls over one shared session; thread-safe."""
 
     def __init__(self, watcher: Watcher, connect_timeout: float) -> None:
-        """`connect_timeout` bounds DNS, TCP and TLS together, in seconds."""
+        #: Bounds DNS, TCP and TLS together, in seconds.
+        self.connect_timeout = connect_timeout
         self._watcher = watcher
         self._resolver = Resolver()
-        self._connect_timeout = connect_timeout
         self._session = _Session()
         # Nothing of the environment or of another client may slip in: no netrc, no proxies, no
         # cookies, no default headers.
@@ -188,7 +188,7 @@ class Transport:
 
     def call(self, fresh: bool = False) -> Call:
         """A call to be sent; `fresh`: on a new connection, whatever the pool holds."""
-        return Call(self._watcher, self._resolver, self._connect_timeout, fresh)
+        return Call(self._watcher, self._resolver, self.connect_timeout, fresh)
 
     def send(self, call: Call, method: str, url: str, headers: Pairs, body: bytes) -> None:
         """Send a request and wait for the head of its answer. Raises `CallFailed`."""
@@ -206,7 +206,7 @@ class Transport:
             response = self._session.send(
                 request,
                 stream=True,
-                timeout=(self._connect_timeout, None),
+                timeout=(call.connect_timeout, None),
                 allow_redirects=False,
                 proxies={},
                 verify=True,

@@ -7,6 +7,9 @@ from .headers import Pairs
 #: Where `base_url` ends and the API begins: `base_url` is what ANTHROPIC_BASE_URL would be.
 MESSAGES = "/v1/messages"
 
+#: The settings that make an upstream another one; a new key may end what kept the old one failing.
+_ACCOUNT = ("name", "base_url", "token", "auth", "headers")
+
 
 class Upstream:
     """Settings are read-only; the breaker guards its own state."""
@@ -16,11 +19,17 @@ class Upstream:
         self.breaker = breaker
         self.name = settings.name
         self.weight = max(1, settings.weight)
+        #: Taken out by hand: no new requests, not even as the last resort.
+        self.draining = False
         self.extra_headers: Pairs = [(name.lower(), value) for name, value in settings.headers.items()]
         bearer = settings.auth == "bearer"
         self.credential = (
             ("authorization", f"Bearer {settings.token}") if bearer else ("x-api-key", settings.token)
         )
+
+    def is_same_account(self, settings: UpstreamSettings) -> bool:
+        """Whether what is known of this upstream's health is true of one with these settings too."""
+        return all(getattr(self.settings, name) == getattr(settings, name) for name in _ACCOUNT)
 
     def serves(self, model: str) -> bool:
         """Whether the client's `model` may go here; no list means every model."""

@@ -18,15 +18,14 @@ from werkzeug.exceptions import HTTPException
 
 from . import body, logs
 from .attempt import Request
-from .config import Config
 from .course import Reply
 from .errors import ApiError, status_line
-from .forwarder import Cut, Forwarder
-from .gate import Gate, Slot
+from .forwarder import Cut
+from .gate import Slot
 from .headers import Pairs
 from .keys import Keys, secrets_in
-from .models import Models
 from .relay import Relay
+from .service import Doors, Service
 from .upload import Upload
 from .upstream import MESSAGES
 from .watch import Client, Scope, Watcher
@@ -37,19 +36,6 @@ _PROBES = ("/", "/api/hello")
 _NO_BODY = body.Body(raw=b"", members={}, model="", stream=False)
 
 Forward = Callable[[Request, Cut], Reply]
-
-
-class Doors(msgspec.Struct, frozen=True):
-    """What the views work with."""
-
-    config: Config
-    forwarder: Forwarder
-    models: Models
-    keys: Keys
-    gate: Gate
-    drains: Gate  # how many refused bodies are read away at a time, beside the requests in flight
-    watcher: Watcher
-    redactor: logs.Redactor
 
 
 class Response(flask.Response):
@@ -104,7 +90,7 @@ class Visit:
             self._client.cancel()
 
 
-def create_blueprint(doors: Doors) -> flask.Blueprint:
+def create_blueprint(service: Service) -> flask.Blueprint:
     """The routes of the proxy."""
     blueprint = flask.Blueprint("proxy", __name__)
 
@@ -114,58 +100,69 @@ def create_blueprint(doors: Doors) -> flask.Blueprint:
 
     @blueprint.before_app_request
     def identify() -> None:
+        doors = service.doors
         flask.g.request_id = f"req_{uuid.uuid4().hex[:24]}"
-        flask.g.redactor = doors.redactor
+        flask.g.doors = doors  # to the request's end, whatever becomes of the configuration
         flask.g.upload = Upload(flask.request.environ, doors.watcher)
 
     @route(MESSAGES, "POST")
     def messages() -> flask.Response:
+        doors = _doors()
         return _forwarded(doors, doors.forwarder.forward)
 
     @route("/v1/messages/count_tokens", "POST")
     def count_tokens() -> flask.Response:
+        doors = _doors()
         return _forwarded(doors, doors.forwarder.count_tokens)
 
     @route("/v1/models", "GET")
     def models() -> flask.Response:
+        doors = _doors()
         if not doors.models.are_listed:
             return _forwarded(doors, doors.forwarder.pass_on)
         _check_key(doors.keys)
-        return _own(200, doors.models.page(flask.request.args))
+        return own(200, doors.models.page(flask.request.args))
 
     @route("/v1/models/<path:name>", "GET")
     def model(name: str) -> flask.Response:
+        doors = _doors()
         if not doors.models.are_listed:
             if {".", ".."} & set(name.split("/")):  # no way to other endpoints of the account
                 raise ApiError(404, "not_found_error", f"model: {name}")
             return _forwarded(doors, doors.forwarder.pass_on, f"/v1/models/{quote(name, safe='')}")
         _check_key(doors.keys)
-        return _own(200, doors.models.one(name))
+        return own(200, doors.models.one(name))
 
     for path in _PROBES:
         blueprint.add_url_rule(path, "probe", _probe, methods=["GET"], provide_automatic_options=False)
-    _add_error_handlers(blueprint, doors)
+    _add_error_handlers(blueprint)
     return blueprint
 
 
-def _add_error_handlers(blueprint: flask.Blueprint, doors: Doors) -> None:
+def _add_error_handlers(blueprint: flask.Blueprint) -> None:
     @blueprint.app_errorhandler(ApiError)
     def ours(error: ApiError) -> flask.Response:
-        return _turn_away(doors, error)
+        return _turn_away(error)
 
     @blueprint.app_errorhandler(HTTPException)
     def flasks(error: HTTPException) -> flask.Response:
         if error.code == 405:
             allowed = error.get_response().headers.get("Allow", "")
             message = f"{flask.request.method} is not allowed here, only {allowed} is."
-            return _turn_away(doors, ApiError(405, "invalid_request_error", message), [("allow", allowed)])
+            return _turn_away(ApiError(405, "invalid_request_error", message), [("allow", allowed)])
         asked = f"{flask.request.method} {flask.request.path[:100]}"
-        return _turn_away(doors, ApiError(404, "not_found_error", f"aiproxy does not serve {asked}."))
+        return _turn_away(ApiError(404, "not_found_error", f"aiproxy does not serve {asked}."))
 
     @blueprint.app_errorhandler(Exception)
     def bug(error: Exception) -> flask.Response:
         logs.exception("bug", id=flask.g.request_id)
-        return _turn_away(doors, ApiError(500, "api_error", "Internal error in aiproxy; its log tells more."))
+        return _turn_away(ApiError(500, "api_error", "Internal error in aiproxy; its log tells more."))
+
+
+def _doors() -> Doors:
+    """Those by which the request at hand came in."""
+    doors: Doors = flask.g.doors
+    return doors
 
 
 def _probe() -> flask.Response:
@@ -179,7 +176,7 @@ def _forwarded(doors: Doors, forward: Forward, path: str | None = None) -> flask
     slot = doors.gate.enter()
     if slot is None:
         busy = ApiError(529, "overloaded_error", "aiproxy has as many requests in flight as it may have.")
-        return _turn_away(doors, busy, [("retry-after", "1")])
+        return _turn_away(busy, [("retry-after", "1")])
     visit = Visit(slot, doors.watcher, flask.g.upload)
     try:
         client = _check_key(doors.keys)
@@ -277,19 +274,21 @@ def _response(status: int, headers: Pairs, content: bytes | Relay | Whole) -> fl
     return response
 
 
-def _own(status: int, content: bytes, headers: Pairs | None = None) -> flask.Response:
+def own(
+    status: int, content: bytes, headers: Pairs | None = None, type_: str = "application/json"
+) -> flask.Response:
     """An answer that no upstream had a part in."""
-    pairs = [("content-type", "application/json"), ("request-id", flask.g.request_id), *(headers or [])]
+    pairs = [("content-type", type_), ("request-id", flask.g.request_id), *(headers or [])]
     return _response(status, pairs, content)
 
 
-def _turn_away(doors: Doors, error: ApiError, headers: Pairs | None = None) -> flask.Response:
+def _turn_away(error: ApiError, headers: Pairs | None = None) -> flask.Response:
     """As `_refusal`, for a request that has no place in flight.
 
     Reading its body away takes a thread all the same: few may at a time, so that some stay free to
     answer; of the others the body is given up, and with it the connection.
     """
-    slot = doors.drains.enter()
+    slot = _doors().drains.enter()
     if slot is None:
         flask.g.upload.give_up()
         return _refusal(error, headers)
@@ -303,7 +302,7 @@ def _refusal(error: ApiError, headers: Pairs | None = None) -> flask.Response:
     """An error of our own, after what is left of the request's body has been read and dropped."""
     flask.g.upload.drop()
     request_id = flask.g.request_id
-    flask.g.redactor.line(
+    _doors().redactor.line(
         logging.WARNING,
         "refused",
         secrets_in(_client_headers(flask.request.environ)),
@@ -311,7 +310,7 @@ def _refusal(error: ApiError, headers: Pairs | None = None) -> flask.Response:
         status=error.status,
         reason=error.message,
     )
-    response = _own(error.status, error.body(request_id), headers)
+    response = own(error.status, error.body(request_id), headers)
     response.call_on_close(flask.g.upload.end)
     return response
 

@@ -126,8 +126,8 @@ class Watcher:
     """Thread-safe; one a process."""
 
     def __init__(self, patience: float) -> None:
-        """`patience`: seconds for which a client may take no byte of what waits for it."""
-        self._patience = patience
+        #: Seconds for which a client may take no byte of what waits for it.
+        self.patience = patience
         self._lock = threading.Lock()
         self._heap: list[tuple[float, int, Deadline]] = []
         self._order = itertools.count()  # a tie-break, since deadlines do not compare
@@ -153,7 +153,7 @@ class Watcher:
 
     def client(self, sock: socket.socket, scope: Abortable) -> Client:
         """Abort `scope` when the client at the other end of `sock` leaves, or takes nothing any more."""
-        client = Client(self, sock, scope, self._patience)
+        client = Client(self, sock, scope, self.patience)
         with self._lock:
             self._start()
             if not self._started:  # closed
@@ -161,7 +161,7 @@ class Watcher:
             self._clients[client.descriptor] = client
             ending = time.monotonic() >= self._ends
             self._epoll.register(client.descriptor, select.EPOLLRDHUP)
-            self._next_sweep = min(self._next_sweep, time.monotonic() + self._patience / 4)
+            self._next_sweep = min(self._next_sweep, time.monotonic() + self.patience / 4)
             self._wake_by(self._next_sweep)
         if ending:
             scope.abort(Reason.RESTART)
@@ -281,7 +281,7 @@ class Watcher:
         with self._lock:
             if now < self._next_sweep:
                 return
-            self._next_sweep = now + self._patience / 4 if self._clients else float("inf")
+            self._next_sweep = now + self.patience / 4 if self._clients else float("inf")
             stalled = [client for client in self._clients.values() if client.has_stalled(now)]
             for client in stalled:
                 with contextlib.suppress(OSError):

@@ -20,7 +20,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         """Once the application is there, tell it who serves it."""
         super().load_wsgi()
         self._service = self.wsgi.extensions["aiproxy"]
-        self._service.serve(self.cfg.threads)
+        self._service.serve(self.cfg.threads, [listener.getsockname() for listener in self.sockets])
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """SIGTERM. It may interrupt anything, so the stop itself waits for the event loop's next turn."""

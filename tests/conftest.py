@@ -83,6 +83,7 @@ class Served:
 
     def __init__(self, command: list[str], directory: Path, env: dict[str, str], port: int) -> None:
         self.port = port
+        self.config = Path(env["AIPROXY_CONFIG"])
         self._asked = False
         self.process = subprocess.Popen(
             command,

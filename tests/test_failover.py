@@ -169,8 +169,8 @@ class Proxy:
         self._transports = []
         settings = tuple(_settings(chr(97 + n), one) for n, one in enumerate(upstreams))
         with (
-            patch("aiproxy.app.Breaker", lambda *args: self._kept(self._breakers, Recorded(*args))),
-            patch("aiproxy.app.Transport", lambda *args: self._kept(self._transports, Transport(*args))),
+            patch("aiproxy.service.Breaker", lambda *args: self._kept(self._breakers, Recorded(*args))),
+            patch("aiproxy.service.Transport", lambda *args: self._kept(self._transports, Transport(*args))),
             patch("aiproxy.transport.POOL", 16),  # a pool is filled with as many blanks, which takes its time
         ):
             self.app = create_app(

@@ -5,9 +5,10 @@ import threading
 
 import pytest
 
-from aiproxy.app import DEFAULT_THREADS, create_app
+from aiproxy.app import create_app
 from aiproxy.config import Config, UpstreamSettings
 from aiproxy.gate import SPARE, Gate
+from aiproxy.service import DEFAULT_THREADS
 
 
 def gate_of(limit):

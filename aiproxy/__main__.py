@@ -1,0 +1,42 @@
+"""`python -m aiproxy check [FILE]`: whether a configuration can be served, without serving it."""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from .config import Config, ConfigError, load, path_from
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code 0 with a summary, 1 with all faults."""
+    parser = argparse.ArgumentParser(prog="python -m aiproxy")
+    commands = parser.add_subparsers(required=True, metavar="check")
+    check = commands.add_parser("check", help="tell all faults of a configuration, or sum it up")
+    check.add_argument("file", nargs="?", type=Path, help="default: $AIPROXY_CONFIG, else config.yaml")
+    file = parser.parse_args(arguments).file or path_from(os.environ)
+    try:
+        config = load(file)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 1
+    for warning in config.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    print(f"{file}: good\n{_summary(config)}")
+    return 0
+
+
+def _summary(config: Config) -> str:
+    enabled = [upstream for upstream in config.upstreams if upstream.enabled]
+    total = sum(upstream.weight for upstream in enabled)
+    clients = f"{len(config.api_keys)} api_keys" if config.api_keys else "whoever reaches it, without a key"
+    lines = [f"  listens on {config.address}, serves {clients}"]
+    for upstream in config.upstreams:
+        share = f"{upstream.weight / total:.0%} of the requests" if upstream.enabled else "not enabled"
+        models = ", ".join(sorted(upstream.available_models)) or "every model"
+        lines.append(f"  upstream {upstream.name}: {upstream.base_url}, {share}, {models}")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

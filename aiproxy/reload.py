@@ -1,0 +1,199 @@
+"""The configuration file while the service runs: followed, compared with what is in force, kept if good.
+
+A thread of each worker looks at the file's content, so that a rewrite, a rename onto it and a switched
+symbolic link are all the same. What taking a configuration up means is the service's matter.
+"""
+
+import fcntl
+import os
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import msgspec
+
+from . import logs
+from .config import ClientKey, Config, ConfigError, UpstreamSettings, load
+
+#: Seconds between two looks. A change is taken up at the second look that finds it: at the first an
+#: editor may be in the middle of writing.
+LOOK = 0.5
+#: Where `LastGood` is: the number of a file descriptor.
+LAST_GOOD = "AIPROXY_LAST_GOOD"
+
+#: Settings that gunicorn reads once, at its start.
+_NEED_RESTART = ("bind", "listen")
+#: What settings are called in the file, where it is not as here.
+_KEYS = {"port": "listen", "admin": "admin_key"}
+_LONGEST_SHOWN = 60
+
+
+class Service(Protocol):
+    """Who works with the configuration."""
+
+    def take_up(self, config: Config, content: bytes) -> None: ...
+
+    def refuse(self, faults: Iterable[str]) -> None: ...
+
+
+class LastGood:
+    """The content of the configuration that was in force last, in memory that all workers share.
+
+    A worker that is started while the file is faulty takes this one, so that a bad edit by day and a
+    crash by night do not end the service. A memory file, since keys may stand in there.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    @classmethod
+    def create(cls, content: bytes, environ: dict[str, str]) -> None:
+        """In gunicorn's master, before it forks workers: they inherit it, and find it by `environ`."""
+        descriptor = os.memfd_create("aiproxy-config")
+        environ[LAST_GOOD] = str(descriptor)
+        cls(descriptor).keep(content)
+
+    @classmethod
+    def of(cls, environ: Mapping[str, str]) -> Self | None:
+        """The one that the master created, None under another server."""
+        return cls(int(environ[LAST_GOOD])) if LAST_GOOD in environ else None
+
+    def keep(self, content: bytes) -> None:
+        """Remember the content."""
+        fcntl.lockf(self._descriptor, fcntl.LOCK_EX)
+        try:
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, content, 0)
+        finally:
+            fcntl.lockf(self._descriptor, fcntl.LOCK_UN)
+
+    def content(self) -> bytes:
+        """What was kept last."""
+        fcntl.lockf(self._descriptor, fcntl.LOCK_EX)
+        try:
+            return os.pread(self._descriptor, os.fstat(self._descriptor).st_size, 0)
+        finally:
+            fcntl.lockf(self._descriptor, fcntl.LOCK_UN)
+
+
+class Start(msgspec.Struct, frozen=True):
+    """What a worker starts with."""
+
+    config: Config
+    content: bytes  # the configuration's
+    found: bytes | None  # the file's as it was found, None where it could not be read
+    faults: tuple[str, ...] = ()  # why that is not in force
+
+
+def start(path: Path, last_good: LastGood | None) -> Start:
+    """The file's configuration, else the last good one. Raises `ConfigError` where there is neither."""
+    found = _content(path)
+    try:
+        return Start(load(path, content=found), found or b"", found)
+    except ConfigError as error:
+        if last_good is None:
+            raise
+        content = last_good.content()
+        return Start(load(path, content=content), content, found, error.faults)
+
+
+class Follower:
+    """Follows one file; `look` is all that its thread does."""
+
+    def __init__(self, path: Path, found: bytes | None, service: Service, last_good: LastGood | None) -> None:
+        """`found`: the content that is in force, or that was refused at the start."""
+        self._path = path
+        self._handled = found
+        self._seen = found
+        self._service = service
+        self._last_good = last_good
+        self._stopped = threading.Event()
+
+    def start(self) -> None:
+        """Look from now on."""
+        threading.Thread(target=self._run, name="reload", daemon=True).start()
+
+    def stop(self) -> None:
+        """Look no longer."""
+        self._stopped.set()
+
+    def look(self) -> None:
+        """Handle a content that was there at the last look too, and is not the one handled last."""
+        content = _content(self._path)
+        if content == self._seen and content != self._handled:
+            self._handled = content
+            self._handle(content)
+        self._seen = content
+
+    def _handle(self, content: bytes | None) -> None:
+        try:
+            config = load(self._path, content=content)
+            if content is None:
+                return  # it is there again: the next look reads it
+            self._service.take_up(config, content)
+        except ConfigError as error:
+            self._service.refuse(error.faults)
+        else:
+            if self._last_good is not None:
+                self._last_good.keep(content)
+
+    def _run(self) -> None:
+        while not self._stopped.wait(LOOK):
+            try:
+                self.look()
+            except Exception:  # a bug must not end the following
+                logs.exception("bug", thread="reload")
+
+
+def _content(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None
+
+
+def changes(old: Config, new: Config) -> list[str]:
+    """What is different, a line for each setting, in the order of the settings; secrets only as changed."""
+    return list(_changes("", _shown(old), _shown(new)))
+
+
+def _changes(path: str, old: Any, new: Any) -> Iterator[str]:
+    if old == new:
+        return
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in dict.fromkeys([*old, *new]):
+            yield from _changes(f"{path}.{name}" if path else name, old.get(name), new.get(name))
+    else:
+        remark = " (needs a restart)" if path in _NEED_RESTART else ""
+        yield f"{path}: {_difference(old, new)}{remark}"
+
+
+def _difference(old: Any, new: Any) -> str:
+    if isinstance(old, dict | _Secret) or isinstance(new, dict | _Secret):
+        return "added" if old is None else "removed" if new is None else "changed"
+    was, now = ("not set" if value is None else str(value) for value in (old, new))
+    return f"{was} -> {now}" if len(was) + len(now) <= _LONGEST_SHOWN else "changed"
+
+
+class _Secret(msgspec.Struct, frozen=True):
+    """What may be compared and not shown."""
+
+    value: Any
+
+
+def _shown(setting: Any) -> Any:
+    """Settings as a tree of dicts, those in a list by their names, secrets behind a mask."""
+    if isinstance(setting, ClientKey):
+        return _Secret(setting.key)
+    if isinstance(setting, tuple):
+        return {each.name: _shown(each) for each in setting}
+    if not isinstance(setting, msgspec.Struct):
+        return setting
+    masked = dict(setting.__rich_repr__()) if isinstance(setting, UpstreamSettings) else {}
+    return {
+        _KEYS.get(name, name): _shown(value) if masked.get(name, value) == value else _Secret(value)
+        for name in setting.__struct_fields__
+        if name != "warnings"
+        for value in [getattr(setting, name)]
+    }

@@ -1,0 +1,181 @@
+"""What serves: everything that is built of one configuration, and what outlives it.
+
+A new configuration means new `Doors`, put in the place of the old in one step. Requests that are under
+way keep those by which they came in, and so end as they began.
+"""
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from . import logs
+from .attempt import Tools
+from .balancer import Balancer
+from .breaker import Breaker
+from .config import Config, UpstreamSettings, check_addresses
+from .forwarder import Forwarder
+from .gate import SPARE, Gate
+from .keys import Keys
+from .models import Models
+from .reload import Follower, LastGood, Start, changes
+from .threads import Owners
+from .transport import Transport
+from .upstream import Upstream
+from .watch import Watcher
+
+#: gunicorn.conf.py's; what another server or the command line sets is told by `serve`.
+DEFAULT_THREADS = 256
+
+
+class Doors(msgspec.Struct, frozen=True):
+    """What a request meets: of one configuration, but for the gates and the watcher."""
+
+    config: Config
+    balancer: Balancer
+    forwarder: Forwarder
+    models: Models
+    keys: Keys
+    redactor: logs.Redactor
+    gate: Gate
+    drains: Gate  # how many refused bodies are read away at a time, beside the requests in flight
+    watcher: Watcher
+
+
+class Service:
+    """`doors` may be read from any thread; the rest is for the server and for whoever follows the file."""
+
+    def __init__(self, config: Config, clock: Callable[[], float]) -> None:
+        """`clock`: monotonic seconds, the circuit breakers'."""
+        self.is_stopping = False
+        self.began = time.time()
+        self.taken_up = self.began
+        self.digest = ""
+        #: Why the file as it is now is not in force; empty where it is.
+        self.faults: tuple[str, ...] = ()
+        self._clock = clock
+        self._watcher = Watcher(config.timeouts.idle)
+        self._transport = Transport(self._watcher, config.timeouts.connect)
+        self._owners = Owners(clock)
+        self._gate = Gate(config.max_in_flight)
+        self._gate.serve_with(DEFAULT_THREADS)
+        self._drains = Gate(SPARE // 2)
+        self._addresses: list[Any] = []
+        self._follower: Follower | None = None
+        self.doors = self._built(config, {}, {})
+
+    def follow(self, path: Path, begun: Start, last_good: LastGood | None) -> None:
+        """Take up what becomes of the file, once `serve` says that this process serves."""
+        self.digest = _digest(begun.content)
+        if begun.faults:
+            self.refuse(begun.faults)
+        self._follower = Follower(path, begun.found, self, last_good)
+
+    def serve(self, threads: int, addresses: list[Any]) -> None:
+        """`threads`: how many the server has for requests; `addresses`: those of its listening sockets."""
+        self._gate.serve_with(threads)
+        self._addresses = addresses
+        if self._follower is not None:
+            self._follower.start()
+
+    def take_up(self, config: Config, content: bytes) -> None:
+        """Serve by another configuration from now on. Raises `ConfigError` where its addresses forbid it.
+
+        Upstreams that stay keep the state of their circuits and their place in the round robin.
+        """
+        check_addresses(config, self._addresses)
+        old = self.doors
+        self._watcher.patience = config.timeouts.idle
+        self._transport.connect_timeout = config.timeouts.connect
+        self._gate.configure(config.max_in_flight)
+        staying = {upstream.name: upstream for upstream in old.balancer.upstreams}
+        self.doors = self._built(config, staying, old.balancer.cursor)
+        self.taken_up, self.digest, self.faults = time.time(), _digest(content), ()
+        said = "; ".join(changes(old.config, config)) or "none"
+        logs.line(logging.INFO, "reload", result="applied", configuration=self.digest, changes=said)
+        for warning in config.warnings:
+            logs.line(logging.WARNING, "reload", warning=warning)
+
+    def refuse(self, faults: Iterable[str]) -> None:
+        """The file has become one that cannot be served: what is in force stays."""
+        self.faults = tuple(faults)
+        for fault in self.faults:
+            logs.line(logging.ERROR, "reload", result="refused", configuration=self.digest, fault=fault)
+
+    def unready(self) -> str | None:
+        """Why a new request had better go elsewhere; None where some upstream is usable."""
+        if self.is_stopping:
+            return "aiproxy is stopping"
+        taking = [upstream for upstream in self.doors.balancer.upstreams if not upstream.draining]
+        circuits = [upstream.breaker.circuit() for upstream in taking]
+        if any(circuit.state in ("closed", "half_open") for circuit in circuits):
+            return None
+        if not circuits:
+            return "every upstream is being drained"
+        soonest = min(circuit.seconds for circuit in circuits)
+        return f"no upstream is usable: all circuits are open or resting, the first for {soonest:.0f} s more"
+
+    def see_out(self, graceful_timeout: float) -> None:
+        """The server stops; see `Watcher.see_out`."""
+        self.is_stopping = True
+        if self._follower is not None:
+            self._follower.stop()
+        self._watcher.see_out(graceful_timeout)
+
+    def close(self) -> None:
+        """Give back the threads, their descriptors and the kept connections."""
+        if self._follower is not None:
+            self._follower.stop()
+        self._watcher.close()
+        self._transport.close()
+
+    def _built(self, config: Config, staying: dict[str, Upstream], cursor: dict[str, int]) -> Doors:
+        logs.configure(config.logging.level)
+        enabled = [settings for settings in config.upstreams if settings.enabled]
+        upstreams = [
+            Upstream(settings, self._breaker(config, staying.get(settings.name), settings))
+            for settings in enabled
+        ]
+        balancer = Balancer(upstreams, cursor)
+        redactor = _redactor(config)
+        tools = Tools(self._transport, self._watcher, config.timeouts)
+        return Doors(
+            config=config,
+            balancer=balancer,
+            forwarder=Forwarder(balancer, tools, self._owners, config.affinity, redactor),
+            models=Models(enabled),
+            keys=Keys({each.name: each.key for each in config.api_keys}),
+            redactor=redactor,
+            gate=self._gate,
+            drains=self._drains,
+            watcher=self._watcher,
+        )
+
+    def _breaker(self, config: Config, old: Upstream | None, settings: UpstreamSettings) -> Breaker:
+        if old is None or not old.is_same_account(settings):
+            return Breaker(config.breaker.failures, config.breaker.cooldown, self._clock)
+        old.breaker.configure(config.breaker.failures, config.breaker.cooldown)
+        return old.breaker
+
+
+def _redactor(config: Config) -> logs.Redactor:
+    keys = [*config.api_keys, *([config.admin] if config.admin else [])]
+    return logs.Redactor(
+        tokens=[each.token for each in config.upstreams] + _header_secrets(config),
+        keys=[each.key for each in keys],
+    )
+
+
+def _header_secrets(config: Config) -> list[str]:
+    """Configured header values that may be keys: a team's name is too short for one."""
+    values = [value for upstream in config.upstreams for value in upstream.headers.values()]
+    return [value for value in values if len(value) >= 16]
+
+
+def _digest(content: bytes) -> str:
+    """What a configuration file is called, for people who compare two."""
+    return hashlib.sha256(content).hexdigest()[:12]

@@ -1,0 +1,311 @@
+"""The configuration file followed: what is taken up, what is refused, what is said of it, what is kept."""
+
+import os
+import re
+import threading
+
+import pytest
+import yaml
+from fakes import RawClient, error, events, message_events
+
+from aiproxy.config import ConfigError, load
+from aiproxy.reload import Follower, LastGood, changes, start
+from aiproxy.upstream import MESSAGES
+
+ASK = {"model": "claude-x", "messages": [{"role": "user", "content": "Hi"}]}
+SPOKEN = message_events(["one", "two"])
+ONE = {"name": "a", "base_url": "http://a.example", "token": "sk-test-a-secret"}
+
+
+class Taker:
+    """Notes what it is given."""
+
+    def __init__(self, unsafe=()):
+        self.taken = []
+        self.faults = []
+        self._unsafe = unsafe
+
+    def take_up(self, config, content):
+        if self._unsafe:
+            raise ConfigError(self._unsafe)
+        self.taken.append((config, content))
+
+    def refuse(self, faults):
+        self.faults.append(list(faults))
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "config.yaml"
+    write(path, [ONE])
+    return path
+
+
+def write(path, upstreams, **settings):
+    path.write_text(yaml.safe_dump({"upstreams": upstreams, **settings}))
+
+
+def followed(path, taker=None):
+    taker = taker or Taker()
+    return taker, Follower(path, path.read_bytes(), taker, None)
+
+
+def config_of_text(tmp_path, upstreams, **settings):
+    path = tmp_path / "one-more.yaml"
+    write(path, upstreams, **settings)
+    return load(path)
+
+
+# ------------------------------------------------------------------------------------------- looking
+
+
+def test_a_file_that_stays_the_same_is_not_taken_up(path):
+    taker, follower = followed(path)
+    for _ in range(5):
+        follower.look()
+    os.utime(path)
+    path.write_bytes(path.read_bytes())
+    for _ in range(3):
+        follower.look()
+    assert (taker.taken, taker.faults) == ([], [])
+
+
+def test_a_change_is_taken_up_once_at_the_second_look(path):
+    taker, follower = followed(path)
+    write(path, [ONE], max_in_flight=7)
+    follower.look()
+    assert taker.taken == []
+    for _ in range(4):
+        follower.look()
+    ((config, content),) = taker.taken
+    assert (config.max_in_flight, content) == (7, path.read_bytes())
+
+
+def test_a_file_that_is_being_written_is_waited_for(path):
+    """A part of a list of upstreams may be a good configuration, and yet not the one that is meant."""
+    taker, follower = followed(path)
+    two = yaml.safe_dump({"upstreams": [ONE, {**ONE, "name": "b"}]}).encode()
+    for end in (len(two) // 2, len(two) - 30, len(two)):
+        path.write_bytes(two[:end])
+        follower.look()
+        assert (taker.taken, taker.faults) == ([], [])
+    follower.look()
+    assert len(taker.taken) == 1
+
+
+def test_a_rename_and_a_switched_link_are_changes_too(tmp_path, path):
+    link = tmp_path / "link.yaml"
+    link.symlink_to(path)
+    taker, follower = followed(link)
+    renamed = tmp_path / "new"
+    write(renamed, [ONE], max_in_flight=1)
+    renamed.rename(path)
+    follower.look()
+    follower.look()
+    other = tmp_path / "other.yaml"
+    write(other, [ONE], max_in_flight=2)
+    next_link = tmp_path / "link.new"
+    next_link.symlink_to(other)
+    next_link.rename(link)
+    follower.look()
+    follower.look()
+    assert [config.max_in_flight for config, _ in taker.taken] == [1, 2]
+
+
+@pytest.mark.parametrize("bad", [b"upstreams: [", b"", b"upstreams: []\nwight: 1\n", b"\xff", None])
+def test_a_bad_file_is_refused_once_and_a_good_one_taken_up_after_it(path, bad):
+    taker, follower = followed(path)
+    good = path.read_bytes()
+    if bad is None:
+        path.unlink()
+    else:
+        path.write_bytes(bad)
+    for _ in range(4):
+        follower.look()
+    assert taker.taken == []
+    assert len(taker.faults) == 1
+    assert taker.faults[0]
+    path.write_bytes(good)
+    for _ in range(4):
+        follower.look()
+    assert len(taker.taken) == 1
+
+
+def test_what_the_service_finds_unsafe_is_refused(path):
+    taker = Taker(unsafe=["bind: no"])
+    _, follower = followed(path, taker)
+    write(path, [ONE], max_in_flight=7)
+    follower.look()
+    follower.look()
+    assert taker.faults == [["bind: no"]]
+
+
+# ----------------------------------------------------------------------------------------- last good
+
+
+def test_a_worker_that_starts_while_the_file_is_faulty_has_the_last_good_one(path):
+    environ = {}
+    LastGood.create(path.read_bytes(), environ)
+    last_good = LastGood.of(environ)
+    taker = Taker()
+    follower = Follower(path, path.read_bytes(), taker, last_good)
+    write(path, [ONE], max_in_flight=7)
+    follower.look()
+    follower.look()
+    path.write_bytes(b"upstreams: [")
+    follower.look()
+    follower.look()
+    begun = start(path, LastGood.of(environ))
+    assert begun.config.max_in_flight == 7
+    assert begun.found == b"upstreams: ["
+    assert begun.faults == tuple(taker.faults[0])
+    os.close(int(next(iter(environ.values()))))
+
+
+def test_without_a_last_good_one_a_faulty_file_ends_the_start(path):
+    path.write_bytes(b"upstreams: [")
+    with pytest.raises(ConfigError):
+        start(path, LastGood.of({}))
+
+
+# ------------------------------------------------------------------------------------------- changes
+
+
+def test_changes_are_told_by_their_paths_and_never_with_a_secret(tmp_path):
+    keys = [{"name": "alice", "key": "sk-test-alice"}, {"name": "bob", "key": "sk-test-bob"}]
+    old = config_of_text(
+        tmp_path,
+        [{**ONE, "headers": {"x-team": "one"}}, {**ONE, "name": "b"}],
+        api_keys=keys,
+        admin_key="sk-test-admin",
+        timeouts={"idle": 60},
+    )
+    new = config_of_text(
+        tmp_path,
+        [
+            {**ONE, "token": "sk-test-a-new", "weight": 5, "headers": {"x-team": "two"}},
+            {**ONE, "name": "c", "model_mappings": {"claude-x": "claude-y"}},
+        ],
+        api_keys=[{"name": "alice", "key": "sk-test-alice-new"}, {"name": "carol", "key": "sk-test-carol"}],
+        admin_key="sk-test-admin-new",
+        listen=8081,
+        max_in_flight=9,
+    )
+    told = changes(old, new)
+    assert told == [
+        "listen: 8080 -> 8081 (needs a restart)",
+        "timeouts.idle: 60.0 -> 120.0",
+        "api_keys.alice: changed",
+        "api_keys.bob: removed",
+        "api_keys.carol: added",
+        "max_in_flight: not set -> 9",
+        "admin_key: changed",
+        "upstreams.a.token: changed",
+        "upstreams.a.weight: 1 -> 5",
+        "upstreams.a.headers: changed",
+        "upstreams.b: removed",
+        "upstreams.c: added",
+    ]
+    assert changes(new, new) == []
+
+
+# ------------------------------------------------------------------------------------------ in service
+
+
+def rewrite(served, config):
+    """Change a served configuration as an editor does, by a rename."""
+    path = served.config
+    before = len(served.stdout_lines())
+    whole = {**yaml.safe_load(path.read_text()), **config}
+    new = path.with_suffix(".new")
+    new.write_text(yaml.safe_dump(whole))
+    new.rename(path)
+    return before
+
+
+def ask(served, path="/healthz"):
+    with RawClient.to(served.url) as client:
+        if path == "/healthz":
+            client.request("GET", path)
+        else:
+            client.post(ASK)
+        return client.read()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_every_worker_takes_up_a_good_file_within_two_seconds_and_refuses_a_bad_one(
+    upstream, serve, config_of, workers
+):
+    a, b = upstream(), upstream()
+    served = serve(config_of([a]), workers=workers)
+    assert ask(served).status == 200  # a worker is up, which the port alone does not say
+    rewrite(served, config_of([b]))
+    threading.Event().wait(2)
+    assert [ask(served, MESSAGES).status for _ in range(12)] == [200] * 12
+    assert (len(a.seen), len(b.seen)) == (0, 12)
+    rewrite(served, {"upstreams": "none"})
+    threading.Event().wait(2)
+    log = "\n".join(served.stdout_lines())
+    assert len(re.findall("ERROR reload result=refused .*upstreams", log)) == workers
+    assert [ask(served, MESSAGES).status for _ in range(12)] == [200] * 12
+    assert len(b.seen) == 24
+    assert "sk-test" not in log
+
+
+def test_a_live_stream_ends_as_it_began_while_the_configuration_changes(upstream, serve, config_of):
+    gate = threading.Event()
+    a, b = upstream(events([*SPOKEN[:5], gate, *SPOKEN[5:]])), upstream()
+    served = serve(config_of([a]))
+    with RawClient.to(served.url) as streaming, RawClient.to(served.url) as asking:
+        streaming.post({**ASK, "stream": True})
+        got = streaming.answer()
+        next(got.pieces())
+        before = rewrite(served, config_of([{"name": "b", "base_url": b}]))
+        served.wait_for_log("reload result=applied .*upstreams.a: removed; upstreams.b: added", since=before)
+        asking.post(ASK)
+        assert asking.read().header("x-aiproxy-upstream") == "b"
+        gate.set()
+        assert b"message_stop" in b"".join(piece.data for piece in got.pieces())
+        assert got.ending == "end"
+
+
+def test_circuits_and_the_cursor_of_upstreams_that_stay_are_kept(upstream, serve, config_of):
+    bad = upstream(*[error(500)] * 5)
+    fakes = {name: upstream() for name in "bc"}
+    one = {"name": "bad", "base_url": bad}
+    served = serve(config_of([one, *({"name": n, "base_url": f} for n, f in fakes.items())]))
+    with RawClient.to(served.url) as client:
+
+        def ask(times):
+            served_by = []
+            for _ in range(times):
+                client.post(ASK)
+                served_by.append(client.read().header("x-aiproxy-upstream"))
+            return served_by
+
+        before = ask(9)  # the circuit of `bad` is open from the third failure on
+        reloads = rewrite(served, {"max_in_flight": 50})
+        served.wait_for_log("reload result=applied", since=reloads)
+        after = ask(4)
+        assert len(bad.seen) == 3
+        assert before[-4:] + after == ["b", "c"] * 4 or before[-4:] + after == ["c", "b"] * 4
+        reloads = rewrite(served, config_of([{**one, "token": "sk-test-mended"}]))
+        served.wait_for_log("reload result=applied .*upstreams.bad.token: changed", since=reloads)
+        client.post(ASK)
+        client.read()
+    assert len(bad.seen) == 4  # another account: it is asked at once
+
+
+def test_a_bad_edit_and_a_dead_worker_do_not_end_the_service(upstream, serve, config_of):
+    a = upstream()
+    served = serve(config_of([a]))
+    assert ask(served).status == 200
+    before = rewrite(served, {"upstreams": "none"})
+    served.wait_for_log("reload result=refused", since=before)
+    (worker,) = served.workers()
+    before = len(served.stdout_lines())
+    os.kill(worker, 9)
+    served.wait_for_log("reload result=refused", timeout=10, since=before)
+    with RawClient.to(served.url) as client:
+        client.post(ASK)
+        assert client.read().status == 200
