@@ -29,7 +29,9 @@ def main(arguments: list[str]) -> int:
 def _summary(config: Config) -> str:
     enabled = [upstream for upstream in config.upstreams if upstream.enabled]
     total = sum(upstream.weight for upstream in enabled)
-    clients = f"{len(config.api_keys)} api_keys" if config.api_keys else "whoever reaches it, without a key"
+    clients = (
+        f"clients with one of {len(config.api_keys)} api_keys" if config.api_keys else "whoever reaches it"
+    )
     lines = [f"  listens on {config.address}, serves {clients}"]
     for upstream in config.upstreams:
         share = f"{upstream.weight / total:.0%} of the requests" if upstream.enabled else "not enabled"

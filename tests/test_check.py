@@ -1,0 +1,76 @@
+"""`python -m aiproxy check`: what a person or ExecReload learns of a configuration, and its exit code."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+GOOD = """
+api_keys: [{name: alice, key: sk-test-alice}]
+upstreams:
+  - {name: main, base_url: "https://api.example.com", token: sk-test-main, weight: 3}
+  - {name: spare, base_url: "https://spare.example.com/v1", token: sk-test-b, available_models: [claude-x]}
+  - {name: old, base_url: "https://old.example.com", token: sk-test-old, enabled: false}
+"""
+
+
+def check(*arguments, **environ):
+    return subprocess.run(
+        [sys.executable, "-m", "aiproxy", "check", *map(str, arguments)],
+        cwd=ROOT,
+        env={"PATH": os.environ["PATH"], **environ},
+        capture_output=True,
+        text=True,
+        timeout=20,
+        check=False,
+    )
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(GOOD)
+    return path
+
+
+def test_a_good_file_is_summed_up_with_its_warnings_and_without_a_secret(path):
+    done = check(path)
+    assert (done.returncode, done.stdout.splitlines()) == (
+        0,
+        [
+            f"{path}: good",
+            "  listens on 127.0.0.1:8080, serves clients with one of 1 api_keys",
+            "  upstream main: https://api.example.com, 75% of the requests, every model",
+            "  upstream spare: https://spare.example.com/v1, 25% of the requests, claude-x",
+            "  upstream old: https://old.example.com, not enabled, every model",
+        ],
+    )
+    assert "warning: " in done.stderr
+    assert "upstreams[1].base_url" in done.stderr
+    assert "sk-test" not in done.stdout + done.stderr
+
+
+def test_all_faults_are_told_and_the_exit_code_is_1(path):
+    path.write_text(GOOD.replace("weight: 3", "wieght: 3").replace("enabled: false", "enabled: maybe"))
+    done = check(path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert [line.split(": ")[1] for line in done.stderr.splitlines()] == [
+        "upstreams[0].wieght",
+        "upstreams[2].enabled",
+    ]
+    assert "sk-test" not in done.stderr
+
+
+def test_without_a_file_it_is_the_one_that_would_be_served(path, tmp_path):
+    assert check(AIPROXY_CONFIG=str(path)).stdout.startswith(f"{path}: good")
+    assert check(tmp_path / "none.yaml", AIPROXY_CONFIG=str(path)).returncode == 1
+
+
+def test_a_wrong_command_is_told_how_to_use_it():
+    done = subprocess.run(
+        [sys.executable, "-m", "aiproxy", "serve"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "usage: python -m aiproxy" in done.stderr
