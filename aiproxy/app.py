@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import flask
 
@@ -16,7 +17,7 @@ from .gate import SPARE, Gate
 from .keys import Keys
 from .models import Models
 from .threads import Owners
-from .transport import Transport
+from .transport import Transport, credentials
 from .upstream import Upstream
 from .views import Doors, create_blueprint
 from .watch import Watcher
@@ -58,7 +59,7 @@ def create_app(config: Config, clock: Callable[[], float] = time.monotonic) -> f
     watcher = Watcher(patience=config.timeouts.idle)
     tools = Tools(Transport(watcher, config.timeouts.connect), watcher, config.timeouts)
     redactor = logs.Redactor(
-        tokens=[each.token for each in config.upstreams] + _header_secrets(config),
+        tokens=[each.token for each in config.upstreams] + _header_secrets(config) + _proxy_secrets(config),
         keys=[each.key for each in config.api_keys],
     )
     gate = Gate(config.max_in_flight)
@@ -84,3 +85,11 @@ def _header_secrets(config: Config) -> list[str]:
     """Configured header values that may be keys: a team's name is too short for one."""
     values = [value for upstream in config.upstreams for value in upstream.headers.values()]
     return [value for value in values if len(value) >= 16]
+
+
+def _proxy_secrets(config: Config) -> list[str]:
+    """The forward proxies' passwords, as they are written and as they are sent."""
+    proxies = [urlsplit(upstream.proxy) for upstream in config.upstreams if upstream.proxy]
+    passwords = [proxy.password for proxy in proxies if proxy.password]
+    sent = [credentials(proxy.geturl()) for proxy in proxies if proxy.password]
+    return [*passwords, *map(unquote, passwords), *filter(None, sent)]
