@@ -23,7 +23,7 @@ from .headers import Pairs, media_type, to_client, to_upstream, value_of
 from .policy import Fault, seconds_of
 from .relay import AFTER_STOP, Relay
 from .report import Report
-from .transport import Call, CallFailed, Transport
+from .transport import Call, CallFailed, Outgoing, Transport
 from .upstream import MESSAGES
 from .watch import Deadline, Reason, Scope, Watcher
 
@@ -147,13 +147,15 @@ class Attempt:
         """Send the request; once more on a fresh connection if a reused one turns out to be dead."""
         body = self._request.body.spliced(self.model, self._streams or self._request.body.stream)
         headers = to_upstream(self._request.headers, self.upstream.credential, self.upstream.extra_headers)
+        settings = self.upstream.settings
         url = self.upstream.url(self._request.path, self._request.query)
+        outgoing = Outgoing(self._request.method, url, headers, body, settings.proxy, settings.ca_bundle)
         for fresh in (False, True):
             call = self._call = self._tools.transport.call(fresh)
             self._request.scope.enter(call)
             self._set_deadlines(call)
             try:
-                self._tools.transport.send(call, self._request.method, url, headers, body)
+                self._tools.transport.send(call, outgoing)
             except CallFailed as failed:
                 if fresh or not failed.stale:
                     raise

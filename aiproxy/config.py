@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import ssl
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -68,7 +69,8 @@ class UpstreamSettings(msgspec.Struct, frozen=True):
     """One upstream, enabled or not.
 
     `base_url` has no trailing slash. `model_mappings` goes from the client's model names to the upstream's,
-    `available_models` are client names (none listed: every model), header names are in lower case.
+    `available_models` are client names (none listed: every model), header names are in lower case. `proxy`
+    is the http:// URL of a forward proxy, with its password; `ca_bundle` the absolute path of a file.
     """
 
     name: str
@@ -81,6 +83,8 @@ class UpstreamSettings(msgspec.Struct, frozen=True):
     available_models: frozenset[str] = frozenset()
     must_stream: bool = False
     headers: dict[str, str] = {}
+    proxy: str | None = None
+    ca_bundle: str | None = None
 
     def __repr__(self) -> str:
         fields = ", ".join(f"{name}={value!r}" for name, value in self.__rich_repr__())
@@ -91,14 +95,19 @@ class UpstreamSettings(msgspec.Struct, frozen=True):
         fields = {name: getattr(self, name) for name in self.__struct_fields__}
         fields["token"] = "..." if self.token else ""
         fields["headers"] = dict.fromkeys(self.headers, "...")
+        fields["proxy"] = "..." if self.proxy else None
         return list(fields.items())
 
 
 class Config(msgspec.Struct, frozen=True):
-    """The whole configuration; `warnings` are lines for the log, about what is odd and yet served."""
+    """The whole configuration; `warnings` are lines for the log, about what is odd and yet served.
+
+    Where there is a `unix_socket` (its absolute path), `bind` and `port` count for nothing.
+    """
 
     bind: str = "127.0.0.1"
     port: int = 8080
+    unix_socket: str | None = None
     max_body_mb: float = 32
     timeouts: Timeouts = Timeouts()
     breaker: BreakerSettings = BreakerSettings()
@@ -107,7 +116,7 @@ class Config(msgspec.Struct, frozen=True):
     allow_anonymous: bool = False
     affinity: str = "prompt_cache"
     max_in_flight: int | None = None
-    admin: ClientKey | None = None
+    admin_key: ClientKey | None = None
     upstreams: tuple[UpstreamSettings, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -123,7 +132,9 @@ class Config(msgspec.Struct, frozen=True):
 
     @property
     def address(self) -> str:
-        """What gunicorn binds, such as `127.0.0.1:8080` or `[::1]:8080`."""
+        """What gunicorn binds, such as `127.0.0.1:8080`, `[::1]:8080` or `unix:/run/aiproxy.sock`."""
+        if self.unix_socket is not None:
+            return f"unix:{self.unix_socket}"
         return f"[{self.bind}]:{self.port}" if ":" in self.bind else f"{self.bind}:{self.port}"
 
     @property
@@ -155,14 +166,14 @@ def load(path: Path, environ: Mapping[str, str] = os.environ, content: bytes | N
     found = root.read(lambda value: value.fields(_CONFIG))
     if found is not None and "upstreams" not in found:
         root.fault("is missing, expected a list with at least one upstream", "upstreams")
-    if found is not None and "api_keys" not in found and not found.get("allow_anonymous"):
+    listen = found.pop("listen", None) if found is not None else None
+    is_local = isinstance(listen, str)
+    if found is not None and "api_keys" not in found and not found.get("allow_anonymous") and not is_local:
         _check_anonymous(root, found.get("bind", Config().bind))
     if found is None or file.faults:
         raise ConfigError(_in_order(file.faults))
-    if "listen" in found:
-        found["port"] = found.pop("listen")
-    if "admin_key" in found:
-        found["admin"] = found.pop("admin_key")
+    if listen is not None:
+        found["unix_socket" if is_local else "port"] = listen
     return Config(**found, warnings=_in_order(file.warnings))
 
 
@@ -218,7 +229,7 @@ class _NotGiven(Exception):
 
 
 class _File:
-    """What all values of one file share: its name, the environment, what was found so far.
+    """What all values of one file share: its name, its place, the environment, what was found so far.
 
     Faults and warnings come with their place, the index of a character in the file.
     """
@@ -226,6 +237,7 @@ class _File:
     def __init__(self, path: Path, environ: Mapping[str, str]) -> None:
         name = str(path)
         self.name = name if name.isprintable() else json.dumps(name)
+        self.directory = path.parent.absolute()
         self.environ = environ
         self.faults: list[tuple[int, str]] = []
         self.warnings: list[tuple[int, str]] = []
@@ -595,6 +607,16 @@ _URL = re.compile(
     r"(?:/[a-z0-9._~!$&'()*+,;=:@%/-]*)?",
     re.IGNORECASE | re.ASCII,
 )
+# gunicorn would drop a second slash, and all up to a second "unix:".
+_UNIX_SOCKET = re.compile(r"unix:(/(?!/)(?:(?!unix:)[^\x00-\x1f\x7f])+)")
+_LONGEST_SOCKET = 107  # bytes; see unix(7)
+#: RFC 3986 section 3.2.1.
+_USERINFO = r"(?:[a-z0-9._~!$&'()*+,;=-]|%[0-9a-f]{2})"
+_PROXY = re.compile(
+    rf"http://(?:{_USERINFO}+(?::(?:{_USERINFO}|:)*)?@)?"
+    r"(?P<host>\[[^\]%]*\]|[^:/@\[\]]*)(?::(?P<port>[0-9]{1,5}))?/?",
+    re.IGNORECASE | re.ASCII,
+)
 _DEMOS = ("demo://answers", "demo://overloaded")
 
 _PRINTABLE_ASCII = re.compile(r"[!-~]+")
@@ -639,8 +661,11 @@ def _bind(value: _Value) -> str:
     return value.refuse("an IP address or a host name, such as 127.0.0.1, or 0.0.0.0 for all")
 
 
-def _listen(value: _Value) -> int:
+def _listen(value: _Value) -> int | str:
+    """A port, or the path of a unix socket."""
     text = value.text()
+    if text.startswith("unix:"):
+        return _unix_socket(value, text)
     port = _PORT.fullmatch(text)
     if port and int(port[1]) <= 65535:
         return int(port[1])
@@ -649,6 +674,15 @@ def _listen(value: _Value) -> int:
             f'is {value.shown()}, with an address, expected ":8080" or 8080: the address goes into bind'
         )
     return value.refuse('a port from 0 to 65535, such as ":8080" or 8080')
+
+
+def _unix_socket(value: _Value, text: str) -> str:
+    path = _UNIX_SOCKET.fullmatch(text)
+    if not path or len(path[1].encode()) > _LONGEST_SOCKET:
+        value.refuse(
+            f"an absolute path of at most {_LONGEST_SOCKET} bytes, such as unix:/run/aiproxy/aiproxy.sock"
+        )
+    return path[1]
 
 
 def _base_url(value: _Value) -> str:
@@ -671,6 +705,41 @@ def _base_url(value: _Value) -> str:
             "to it as it stands"
         )
     return parts["scheme"].lower() + text[len(parts["scheme"]) :]
+
+
+def _proxy(value: _Value) -> str:
+    """The URL of a forward proxy; it may hold a password, so no fault shows it."""
+    text = value.text()
+    if not text.lower().startswith("http://"):
+        raise _Fault("does not begin with http://, expected http://HOST:PORT: no other kind is supported")
+    parts = _PROXY.fullmatch(text)
+    if not parts or not _is_url_host(parts["host"]) or not 0 < int(parts["port"] or 80) <= 65535:
+        raise _Fault(
+            "is no URL of a forward proxy, expected http://HOST:PORT or http://USER:PASSWORD@HOST:PORT, with "
+            "other signs than letters, digits and -._~ of user and password percent-encoded"
+        )
+    return "http" + text[len("http") :].rstrip("/")
+
+
+def _ca_bundle(value: _Value) -> str:
+    """A file of certificates; a relative path starts from the configuration file's directory."""
+    text = value.text()
+    if not text or not text.isprintable():
+        value.refuse("the path of a file with certificates in PEM")
+    path = str(value.file.directory / text)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    try:
+        context.load_verify_locations(cafile=path)
+    except ssl.SSLError:
+        pass
+    except OSError as error:
+        raise _Fault(
+            f"is {value.shown()}, which cannot be read ({error.strerror}), expected a file with certificates "
+            "in PEM"
+        ) from None
+    if not context.cert_store_stats()["x509"]:
+        raise _Fault(f"is {value.shown()}, which holds no certificate, expected certificates in PEM")
+    return path
 
 
 def _is_url_host(host: str) -> bool:
@@ -781,6 +850,7 @@ def _upstream(value: _Value) -> UpstreamSettings:
         value.fault("is missing, expected a URL such as https://api.anthropic.com", "base_url")
     if "token" not in found and not base_url.startswith("demo:"):
         value.fault("is missing, expected a key, such as ${ANTHROPIC_API_KEY}", "token")
+    _check_way(value, base_url, found)
     available = found.get("available_models")
     for model in found.get("model_mappings") or ():
         if available and model not in available:
@@ -789,6 +859,15 @@ def _upstream(value: _Value) -> UpstreamSettings:
     if "name" not in found:
         found["name"] = urlsplit(base_url).hostname
     return UpstreamSettings(**{"name": "", "base_url": ""} | _without_faults(found))
+
+
+def _check_way(value: _Value, base_url: str, found: Mapping[str, Any]) -> None:
+    """Whether an upstream's `proxy` and `ca_bundle` can be of use."""
+    for key in ("proxy", "ca_bundle"):
+        if key in found and base_url.startswith("demo:"):
+            value.fault("is of no use to a demo, which makes no connection, expected none", key)
+    if "ca_bundle" in found and base_url.startswith("http:"):
+        value.warn("is of no use: base_url is http://, which knows no certificates", "ca_bundle")
 
 
 def _upstreams(value: _Value) -> tuple[UpstreamSettings, ...]:
@@ -826,6 +905,8 @@ _UPSTREAM: dict[str, Callable[[_Value], Any]] = {
     "available_models": lambda value: frozenset(_list_of(_model)(value)),
     "must_stream": _boolean,
     "headers": _hidden(_mapping_of(_header_name, _header_value)),
+    "proxy": _hidden(_proxy),
+    "ca_bundle": _ca_bundle,
 }
 
 _TIMEOUTS = {"connect": _above_zero, "first_byte": _above_zero, "answer": _above_zero, "idle": _above_zero}

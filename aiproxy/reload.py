@@ -24,8 +24,8 @@ LAST_GOOD = "AIPROXY_LAST_GOOD"
 
 #: Settings that gunicorn reads once, at its start.
 _NEED_RESTART = ("bind", "listen")
-#: What settings are called in the file, where it is not as here.
-_KEYS = {"port": "listen", "admin": "admin_key"}
+#: Told otherwise: warnings by themselves, the others as `listen`.
+_LEFT_OUT = ("warnings", "port", "unix_socket")
 _LONGEST_SHOWN = 60
 
 
@@ -155,7 +155,8 @@ def _content(path: Path) -> bytes | None:
 
 def changes(old: Config, new: Config) -> list[str]:
     """What is different, a line for each setting, in the order of the settings; secrets only as changed."""
-    return list(_changes("", _shown(old), _shown(new)))
+    trees = [{"listen": each.unix_socket or each.port, **_shown(each)} for each in (old, new)]
+    return list(_changes("", *trees))
 
 
 def _changes(path: str, old: Any, new: Any) -> Iterator[str]:
@@ -192,8 +193,8 @@ def _shown(setting: Any) -> Any:
         return setting
     masked = dict(setting.__rich_repr__()) if isinstance(setting, UpstreamSettings) else {}
     return {
-        _KEYS.get(name, name): _shown(value) if masked.get(name, value) == value else _Secret(value)
+        name: _shown(value) if masked.get(name, value) == value else _Secret(value)
         for name in setting.__struct_fields__
-        if name != "warnings"
+        if name not in _LEFT_OUT
         for value in [getattr(setting, name)]
     }

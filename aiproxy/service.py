@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import msgspec
 
@@ -24,7 +25,7 @@ from .keys import Keys
 from .models import Models
 from .reload import Follower, LastGood, Start, changes
 from .threads import Owners
-from .transport import Transport
+from .transport import Transport, credentials
 from .upstream import Upstream
 from .watch import Watcher
 
@@ -163,9 +164,9 @@ class Service:
 
 
 def _redactor(config: Config) -> logs.Redactor:
-    keys = [*config.api_keys, *([config.admin] if config.admin else [])]
+    keys = [*config.api_keys, *([config.admin_key] if config.admin_key else [])]
     return logs.Redactor(
-        tokens=[each.token for each in config.upstreams] + _header_secrets(config),
+        tokens=[each.token for each in config.upstreams] + _header_secrets(config) + _proxy_secrets(config),
         keys=[each.key for each in keys],
     )
 
@@ -174,6 +175,14 @@ def _header_secrets(config: Config) -> list[str]:
     """Configured header values that may be keys: a team's name is too short for one."""
     values = [value for upstream in config.upstreams for value in upstream.headers.values()]
     return [value for value in values if len(value) >= 16]
+
+
+def _proxy_secrets(config: Config) -> list[str]:
+    """The forward proxies' passwords, as they are written and as they are sent."""
+    proxies = [urlsplit(upstream.proxy) for upstream in config.upstreams if upstream.proxy]
+    passwords = [proxy.password for proxy in proxies if proxy.password]
+    sent = [credentials(proxy.geturl()) for proxy in proxies if proxy.password]
+    return [*passwords, *map(unquote, passwords), *filter(None, sent)]
 
 
 def _digest(content: bytes) -> str:

@@ -5,6 +5,7 @@ with a `Fault` and a plain detail that names no address. The thread that sends a
 closes it; others may only `abort` it.
 """
 
+import base64
 import contextlib
 import http.client
 import re
@@ -12,9 +13,12 @@ import socket
 import ssl
 import threading
 from collections.abc import Iterator
+from http import HTTPStatus
 from http.cookiejar import DefaultCookiePolicy
 from typing import Any
+from urllib.parse import unquote_to_bytes, urlsplit
 
+import msgspec
 import requests
 import urllib3
 from requests.adapters import HTTPAdapter
@@ -43,6 +47,12 @@ _SOCKET_OPTIONS = [
 ]
 
 _PRINTABLE = re.compile(r"[!-~]+")
+# http.client's words.
+_REFUSED_TUNNEL = re.compile(r"Tunnel connection failed: (\d+) ?(.*)", re.DOTALL)
+# A reason of plain words, which holds neither an address nor a host with a domain.
+_WORDS = re.compile(r"[A-Za-z][A-Za-z ']{0,59}")
+# X509_V_ERR_HOSTNAME_MISMATCH and X509_V_ERR_IP_ADDRESS_MISMATCH, whose messages name the host.
+_MISMATCHES = frozenset({62, 64})
 _DECODABLE = frozenset({"gzip", "x-gzip", "deflate"})
 
 _FAULT_OF_REASON = {
@@ -64,6 +74,22 @@ class CallFailed(Exception):
         self.stale = stale
 
 
+class Outgoing(msgspec.Struct, frozen=True):
+    """A request as it goes out, and its way: through a forward proxy, with CAs of the upstream's own."""
+
+    method: str
+    url: str
+    headers: Pairs
+    body: bytes
+    proxy: str | None = None
+    ca_bundle: str | None = None
+
+    @property
+    def is_forwarded(self) -> bool:
+        """Whether the forward proxy reads and answers the request itself: there is no tunnel through it."""
+        return self.proxy is not None and self.url.startswith("http:")
+
+
 class _Aborted(Exception):
     """Raised in the owner's thread when its call was aborted before it had a socket."""
 
@@ -77,7 +103,8 @@ class Call:
         self.resolver = resolver
         self.connect_timeout = connect_timeout
         self.fresh = fresh
-        self.target = ""  # path and query as the client sent them; urllib3 would mend its escapes
+        self.target = ""  # as the client sent path and query; urllib3 would mend their escapes
+        self.at_proxy = False  # on the way to a forward proxy, or waiting for its tunnel
         self.reused = False
         self.connected = False
         self.heard = False  # a byte of the answer arrived
@@ -160,29 +187,34 @@ class Call:
     def failure(self, error: Exception | None) -> CallFailed:
         """What an exception of requests, urllib3 or the socket means."""
         if self._reason is not None:
-            return CallFailed(_FAULT_OF_REASON[self._reason], self._reason.value)
+            fault, detail = _FAULT_OF_REASON[self._reason], self._reason.value
+            return CallFailed(fault, self._placed(detail) if fault is Fault.CONNECT else detail)
         if not self.connected:
-            return CallFailed(Fault.CONNECT, _plain(error))
+            return CallFailed(Fault.CONNECT, _refused_tunnel(error) or self._placed(_plain(error)))
         if _is_timeout(error):
             return CallFailed(Fault.TIMEOUT, "silent for too long")
         return CallFailed(Fault.BROKEN, _plain(error), stale=self.reused and not self.heard)
+
+    def _placed(self, detail: str) -> str:
+        """What kept the call from its upstream; the forward proxy's fault where it did not get past it."""
+        return f"the forward proxy failed: {detail}" if self.at_proxy else detail
 
 
 class Transport:
     """Sends calls over one shared session; thread-safe."""
 
     def __init__(self, watcher: Watcher, connect_timeout: float) -> None:
-        #: Bounds DNS, TCP and TLS together, in seconds.
+        #: Bounds DNS, TCP, a forward proxy's tunnel and TLS together, in seconds.
         self.connect_timeout = connect_timeout
         self._watcher = watcher
         self._resolver = Resolver()
         self._session = _Session()
-        # Nothing of the environment or of another client may slip in: no netrc, no proxies, no
-        # cookies, no default headers.
+        # Nothing of the environment or of another client may slip in: no netrc, no proxies, no CA
+        # bundle, no cookies, no default headers.
         self._session.trust_env = False
         self._session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
         self._session.headers.clear()
-        self._session.mount("http://", adapter := _Adapter(POOL, POOL))
+        self._session.mount("http://", adapter := _Adapter())
         self._session.mount("https://", adapter)
         self._session.mount("demo://", DemoAdapter())
 
@@ -190,17 +222,13 @@ class Transport:
         """A call to be sent; `fresh`: on a new connection, whatever the pool holds."""
         return Call(self._watcher, self._resolver, self.connect_timeout, fresh)
 
-    def send(self, call: Call, method: str, url: str, headers: Pairs, body: bytes) -> None:
+    def send(self, call: Call, outgoing: Outgoing) -> None:
         """Send a request and wait for the head of its answer. Raises `CallFailed`."""
-        request = requests.PreparedRequest()
-        request.method = method
-        request.url = url
-        request.headers = CaseInsensitiveDict(headers)
-        request.headers.setdefault("user-agent", SKIP_HEADER)  # else urllib3 would add its own
-        if body:
-            request.headers["Content-Length"] = str(len(body))
-            request.body = body
+        request = _prepared(outgoing)
         call.target = request.path_url
+        if outgoing.is_forwarded:
+            parts = urlsplit(outgoing.url)
+            call.target = f"{parts.scheme}://{parts.netloc}{request.path_url}"
         _current.call = call
         try:
             response = self._session.send(
@@ -208,8 +236,8 @@ class Transport:
                 stream=True,
                 timeout=(call.connect_timeout, None),
                 allow_redirects=False,
-                proxies={},
-                verify=True,
+                proxies={"http": outgoing.proxy, "https": outgoing.proxy} if outgoing.proxy else {},
+                verify=outgoing.ca_bundle or True,
             )
         except (
             _Aborted,
@@ -223,6 +251,9 @@ class Transport:
         finally:
             _current.call = None
         call.answered(response)
+        if outgoing.is_forwarded and call.status == HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
+            call.close()
+            raise CallFailed(Fault.CONNECT, _refusal(call.status, response.reason))
 
     def close(self) -> None:
         """Close the kept connections."""
@@ -308,7 +339,7 @@ class _Connection(HTTPConnection):
     def request(self, method: str, url: str, *args: Any, **kwargs: Any) -> None:
         call = _current.call
         assert call is not None
-        if url.startswith("/") and _PRINTABLE.fullmatch(call.target):
+        if _PRINTABLE.fullmatch(call.target):
             url = call.target
         if self.sock is None:
             self.connect()
@@ -333,13 +364,17 @@ class _Connection(HTTPConnection):
         call = _current.call
         assert call is not None
         failed: OSError | None = None
+        call.at_proxy = self.proxy is not None
         try:
-            addresses = call.resolver.resolve(self._dns_host, self.port, call.connect_timeout)
+            addresses = call.resolver.resolve(self._dns_host, self.port, call.connect_timeout, call.check)
             for left, address in zip(range(len(addresses), 0, -1), addresses, strict=True):
                 try:
-                    return self._dial(call, address, call.connect_timeout / left)
+                    sock = self._dial(call, address, call.connect_timeout / left)
                 except OSError as error:
                     failed = error
+                else:
+                    call.at_proxy = self.proxy_is_tunneling
+                    return sock
         except OSError as error:
             failed = error
         raise urllib3.exceptions.NewConnectionError(self, "no connection") from failed
@@ -364,7 +399,12 @@ class _Connection(HTTPConnection):
 
 
 class _TlsConnection(_Connection, HTTPSConnection):
-    """The same over TLS."""
+    """The same over TLS, through a tunnel where there is a forward proxy."""
+
+    def _tunnel(self) -> None:
+        super()._tunnel()
+        if _current.call is not None:
+            _current.call.at_proxy = False
 
 
 class _Pool(HTTPConnectionPool):
@@ -386,12 +426,53 @@ class _TlsPool(_Pool, HTTPSConnectionPool):
     ConnectionCls = _TlsConnection
 
 
+_POOLS = {"http": _Pool, "https": _TlsPool}
+
+
 class _Adapter(HTTPAdapter):
-    """Mounts the connections above."""
+    """Mounts the connections above, direct ones and those through a forward proxy."""
+
+    def __init__(self) -> None:
+        self._managing = threading.Lock()
+        super().__init__(POOL, POOL)
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
         super().init_poolmanager(*args, socket_options=_SOCKET_OPTIONS, **kwargs)
-        self.poolmanager.pool_classes_by_scheme = {"http": _Pool, "https": _TlsPool}
+        self.poolmanager.pool_classes_by_scheme = _POOLS
+
+    def proxy_manager_for(self, proxy: str, **kwargs: Any) -> Any:
+        with self._managing:  # else another thread could meet a manager with urllib3's own pools
+            manager = super().proxy_manager_for(proxy, socket_options=_SOCKET_OPTIONS, **kwargs)
+            manager.pool_classes_by_scheme = _POOLS
+        return manager
+
+    def proxy_headers(self, proxy: str) -> dict[str, str]:
+        return {"Proxy-Authorization": f"Basic {sent}"} if (sent := credentials(proxy)) else {}
+
+
+def credentials(proxy: str) -> str | None:
+    """A forward proxy's user and password as they are sent: what the percent-escapes stand for, in Base64.
+
+    Byte for byte (RFC 7617); requests itself cannot send what is not Latin-1.
+    """
+    user, has_user, _ = urlsplit(proxy).netloc.rpartition("@")
+    if not has_user:
+        return None
+    name, _, password = (unquote_to_bytes(part) for part in user.partition(":"))
+    return base64.b64encode(name + b":" + password).decode()
+
+
+def _prepared(outgoing: Outgoing) -> requests.PreparedRequest:
+    """The request as it is given: requests' own preparation would mend it."""
+    request = requests.PreparedRequest()
+    request.method = outgoing.method
+    request.url = outgoing.url
+    request.headers = CaseInsensitiveDict(outgoing.headers)
+    request.headers.setdefault("user-agent", SKIP_HEADER)  # else urllib3 would add its own
+    if outgoing.body:
+        request.headers["Content-Length"] = str(len(outgoing.body))
+        request.body = outgoing.body
+    return request
 
 
 def _shut(sock: socket.socket) -> None:
@@ -422,17 +503,36 @@ def _is_timeout(error: Exception | None) -> bool:
     )
 
 
+def _refused_tunnel(error: Exception | None) -> str | None:
+    """What a forward proxy said instead of opening a tunnel, None if it did not refuse."""
+    for cause in _chain(error):
+        if isinstance(cause, OSError) and (told := _REFUSED_TUNNEL.fullmatch(str(cause))):
+            return _refusal(int(told[1]), told[2])
+    return None
+
+
+def _refusal(status: int, reason: str | None) -> str:
+    """A forward proxy's refusal; its own words only where they can hold no address and no secret."""
+    if not _WORDS.fullmatch(reason or ""):
+        reason = http.client.responses.get(status, "")
+    return f"the forward proxy refused: {status} {reason}".rstrip()
+
+
 def _plain(error: Exception | None) -> str:
     """One plain phrase for the log; never an address."""
     for cause in reversed(list(_chain(error))):
         if isinstance(cause, ssl.SSLCertVerificationError):
-            return f"the certificate does not verify: {cause.verify_message}"
+            mismatch = cause.verify_code in _MISMATCHES
+            told = "it is for another host" if mismatch else cause.verify_message
+            return f"the certificate does not verify: {told}"
         if isinstance(cause, ssl.SSLError):
             return f"TLS failed: {(cause.reason or 'unknown').lower().replace('_', ' ')}"
         if isinstance(cause, socket.gaierror):
             return "the host name was not found"
         if isinstance(cause, TimeoutError):
             return "no connection in time"
+        if isinstance(cause, OSError) and "TLS CA certificate bundle" in str(cause):  # requests' words
+            return "the CA bundle is not there any more"
         if isinstance(cause, http.client.RemoteDisconnected):
             return "closed without an answer"
         if isinstance(cause, http.client.IncompleteRead | urllib3.exceptions.IncompleteRead):

@@ -8,7 +8,7 @@ from .headers import Pairs
 MESSAGES = "/v1/messages"
 
 #: The settings that make an upstream another one; a new key may end what kept the old one failing.
-_ACCOUNT = ("name", "base_url", "token", "auth", "headers")
+_ACCOUNT = ("name", "base_url", "token", "auth", "headers", "proxy", "ca_bundle")
 
 
 class Upstream:

@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from fakes import LOOPBACK_CERT
 
 from aiproxy import config as config_module
 from aiproxy.config import (
@@ -119,6 +120,8 @@ def test_an_upstream_has_defaults(loader: Loader) -> None:
         available_models=frozenset(),
         must_stream=False,
         headers={},
+        proxy=None,
+        ca_bundle=None,
     )
 
 
@@ -225,7 +228,9 @@ def test_the_example_file_is_a_demo_with_the_defaults_and_shows_a_failover_soon(
 
 def test_the_real_upstreams_of_the_example_load_once_they_are_uncommented(loader: Loader) -> None:
     text = re.sub(r"(?m)^  # (?=- |  )", "  ", EXAMPLE.read_text())
-    config = loader(text, ANTHROPIC_API_KEY="k1", GATEWAY_TOKEN="k2", TEAM="blue")
+    (loader.path.parent / "company-ca.pem").write_text(LOOPBACK_CERT)
+    environ = {"ANTHROPIC_API_KEY": "k1", "GATEWAY_TOKEN": "k2", "TEAM": "blue", "EGRESS_PASSWORD": "p"}
+    config = loader(text, **environ)
     *_, anthropic, gateway = config.upstreams
     assert (len(config.upstreams), config.warnings) == (4, ())
     assert anthropic == UpstreamSettings(name="anthropic", base_url="https://api.anthropic.com", token="k1")
@@ -243,7 +248,11 @@ def test_the_example_shows_every_setting() -> None:
         LoggingSettings,
         UpstreamSettings,
     ]
-    known = {name for struct in structs for name in struct.__struct_fields__} - {"port", "warnings"}
+    known = {name for struct in structs for name in struct.__struct_fields__} - {
+        "port",
+        "unix_socket",
+        "warnings",
+    }
     assert known | {"listen"} <= shown
 
 
@@ -1087,6 +1096,167 @@ def test_the_value_of_a_header_is_one_printable_line(loader: Loader, value: str)
     )
 
 
+# --- Ways in and out ---
+
+
+@pytest.mark.parametrize("path", ["/run/aiproxy/aiproxy.sock", "/a", "/with space/é", "/" + "x" * 106])
+def test_listen_may_be_a_unix_socket(loader: Loader, path: str) -> None:
+    config = loader.settings(f'listen: "unix:{path}"')
+    assert (config.unix_socket, config.address) == (path, f"unix:{path}")
+
+
+def test_without_a_unix_socket_there_is_none(loader: Loader) -> None:
+    config = loader.settings("listen: 80")
+    assert (config.unix_socket, config.address) == (None, "127.0.0.1:80")
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "",
+        "/",
+        "aiproxy.sock",
+        "./a",
+        "~/a",
+        "//run/a",
+        "///run/a",
+        "/a\\0",
+        "/a\\n/",
+        "/a/unix:/b",
+        "/" + "x" * 107,
+    ],
+)
+def test_anything_else_is_no_unix_socket(loader: Loader, path: str) -> None:
+    fault = loader.fault(f'listen: "unix:{path}"{UPSTREAMS}')
+    assert re.fullmatch(
+        'listen: is "unix:.*", expected an absolute path of at most 107 bytes, '
+        "such as unix:/run/aiproxy/aiproxy.sock",
+        fault,
+    )
+
+
+def test_a_unix_socket_s_path_is_bounded_in_bytes(loader: Loader) -> None:
+    assert "107 bytes" in loader.fault(f'listen: "unix:/{"é" * 54}"{UPSTREAMS}')
+
+
+def test_beside_a_unix_socket_bind_counts_for_nothing_and_no_keys_are_demanded(loader: Loader) -> None:
+    config = loader.settings('listen: "unix:/run/a"\nbind: "0.0.0.0"')
+    assert (config.address, config.may_serve_strangers) == ("unix:/run/a", False)
+
+
+@pytest.mark.parametrize(
+    ("written", "stored"),
+    [
+        ("http://egress:3128", "http://egress:3128"),
+        ("HTTP://egress.example.com/", "http://egress.example.com"),
+        ("http://[::1]:8888", "http://[::1]:8888"),
+        ("http://10.0.0.1:1", "http://10.0.0.1:1"),
+        ("http://user@egress", "http://user@egress"),
+        ("http://user:@egress", "http://user:@egress"),
+        (
+            "http://us%40er:p%3A%2F!$&'()*+,;=:x@egress:3128",
+            "http://us%40er:p%3A%2F!$&'()*+,;=:x@egress:3128",
+        ),
+    ],
+)
+def test_a_proxy_is_an_http_url(loader: Loader, written: str, stored: str) -> None:
+    assert loader.upstream(f'proxy: "{written}"').proxy == stored
+    assert loader.upstream('proxy: "${EGRESS}"', EGRESS=written).proxy == stored
+
+
+@pytest.mark.parametrize(
+    "proxy", ["https://u:t0ken@a", "socks5://u:t0ken@a", "u:t0ken@a:1", "t0ken:3128", "//t0ken", ""]
+)
+def test_any_other_kind_of_proxy_is_told_to_be_unsupported(loader: Loader, proxy: str) -> None:
+    told = "does not begin with http://, expected http://HOST:PORT: no other kind is supported"
+    assert loader.fault(one_upstream(f'proxy: "{proxy}"')) == f"upstreams[0].proxy: {told}"
+
+
+@pytest.mark.parametrize(
+    "proxy",
+    [
+        "http://",
+        "http:///",
+        "http://u:t0ken@",
+        "http://:t0ken@a",
+        "http://u:t0ken@a:0",
+        "http://u:t0ken@a:65536",
+        "http://u:t0ken@a:x",
+        "http://u:t0ken@a/b",
+        "http://u:t0ken@a?b",
+        "http://u:t0ken@[a]",
+        "http://u:t0ken@a_b-",
+        "http://u:t0ken@b@a",
+        "http://u:t0ken/b@a",
+        "http://u:t0ken#b@a",
+        "http://u:t0ken%@a",
+        "http://u:t0ken%zz@a",
+        "http://u:t0ken x@a",
+        "http://u:t0kené@a",
+    ],
+)
+def test_a_proxy_that_is_no_whole_url_is_a_fault_that_does_not_show_it(loader: Loader, proxy: str) -> None:
+    for told in (
+        loader.fault(one_upstream(f'proxy: "{proxy}"')),
+        loader.fault(one_upstream('proxy: "${EGRESS}"'), EGRESS=proxy),
+    ):
+        assert told.startswith(
+            "upstreams[0].proxy: is no URL of a forward proxy, expected http://HOST:PORT or "
+        )
+        assert "percent-encoded" in told
+        assert "t0ken" not in told
+
+
+def test_a_ca_bundle_s_path_starts_from_the_configuration_s_directory(
+    loader: Loader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = loader.path.parent
+    (directory / "ca.pem").write_text(LOOPBACK_CERT)
+    whole = str(directory / "ca.pem")
+    assert loader.upstream("ca_bundle: ca.pem").ca_bundle == whole
+    assert loader.upstream(f"ca_bundle: {whole}").ca_bundle == whole
+    monkeypatch.chdir(directory)
+    loader.path = Path("config.yaml")
+    assert loader.upstream("ca_bundle: ./ca.pem").ca_bundle == whole
+
+
+@pytest.mark.parametrize(
+    ("written", "told"),
+    [
+        (
+            "nowhere.pem",
+            'is "nowhere.pem", which cannot be read (No such file or directory), expected a file',
+        ),
+        ("config.yaml", 'is "config.yaml", which holds no certificate, expected certificates in PEM'),
+        ("empty.pem", 'is "empty.pem", which holds no certificate, expected certificates in PEM'),
+        (".", 'is ".", which '),
+        ("''", 'is "", expected the path of a file with certificates in PEM'),
+        ('"a\\0b"', "expected the path of a file"),
+        ("[a.pem]", "is a list, expected text"),
+    ],
+)
+def test_a_ca_bundle_that_is_none_is_a_fault(loader: Loader, written: str, told: str) -> None:
+    (loader.path.parent / "empty.pem").touch()
+    fault = loader.fault(one_upstream(f"ca_bundle: {written}"))
+    assert fault.startswith("upstreams[0].ca_bundle: ")
+    assert told in fault
+
+
+def test_a_ca_bundle_for_an_upstream_without_tls_is_a_warning(loader: Loader) -> None:
+    (loader.path.parent / "ca.pem").write_text(LOOPBACK_CERT)
+    (warning,) = loader(one_upstream('base_url: "http://a"', "ca_bundle: ca.pem")).warnings
+    told = "upstreams[0].ca_bundle: is of no use: base_url is http://, which knows no certificates"
+    assert warning.endswith(told)
+    assert loader(one_upstream("ca_bundle: ca.pem")).warnings == ()
+
+
+@pytest.mark.parametrize("line", ['proxy: "http://a"', "ca_bundle: ca.pem"])
+def test_a_demo_has_no_way_out(loader: Loader, line: str) -> None:
+    (loader.path.parent / "ca.pem").write_text(LOOPBACK_CERT)
+    told = "is of no use to a demo, which makes no connection, expected none"
+    assert loader.fault(one_upstream('base_url: "demo://answers"', line)).endswith(told)
+
+
 # --- Secrets ---
 
 
@@ -1137,7 +1307,7 @@ def test_a_new_setting_that_is_marked_as_hidden_is_shown_by_no_reader(
 
 
 def test_no_printed_form_of_the_settings_shows_a_secret(loader: Loader) -> None:
-    config = loader(one_upstream("headers: {x-key: hunter2}"))
+    config = loader(one_upstream("headers: {x-key: hunter2}", 'proxy: "http://u:t0ken-2@egress"'))
     upstream = config.upstreams[0]
     forms: list[Callable[[Any], str]] = [repr, str, lambda value: f"{value} {[value]} {(value,)!s}"]
     for form in forms:

@@ -42,6 +42,10 @@ def lookups(monkeypatch):
         thread.join(2)
 
 
+def nobody_left():
+    """Whoever asked still wants to know."""
+
+
 def resolve_threads():
     return [thread for thread in threading.enumerate() if thread.name == "resolve"]
 
@@ -70,12 +74,12 @@ def in_threads(count, work):
 
 def test_a_name_becomes_what_the_system_says(lookups):
     lookups.gate.set()
-    assert Resolver().resolve("api.example", 443, 1) == FOUND
+    assert Resolver().resolve("api.example", 443, 1, nobody_left) == FOUND
     assert lookups.asked == [("api.example", 443)]
 
 
 def test_the_system_s_own_answer_is_for_streams():
-    found = Resolver().resolve("localhost", 8080, 5)
+    found = Resolver().resolve("localhost", 8080, 5, nobody_left)
     assert found
     assert {kind for _, kind, _, _, _ in found} == {socket.SOCK_STREAM}
     assert {place[1] for *_, place in found} == {8080}
@@ -83,7 +87,7 @@ def test_the_system_s_own_answer_is_for_streams():
 
 def test_all_who_want_a_name_share_one_lookup(lookups):
     one = Resolver()
-    wait = in_threads(20, lambda: one.resolve("api.example", 443, 5))
+    wait = in_threads(20, lambda: one.resolve("api.example", 443, 5, nobody_left))
     assert lookups.began.acquire(timeout=2)
     time.sleep(0.05)  # the others come while it runs
     assert len(resolve_threads()) == 1
@@ -96,9 +100,9 @@ def test_all_who_want_a_name_share_one_lookup(lookups):
 def test_other_names_and_ports_do_not_wait_for_one_that_hangs(lookups, other):
     one = Resolver()
     with pytest.raises(TimeoutError):
-        one.resolve("hangs.example", 443, 0.02)
+        one.resolve("hangs.example", 443, 0.02, nobody_left)
     lookups.ready.add(other[0])
-    assert one.resolve(*other, 1) == FOUND
+    assert one.resolve(*other, 1, nobody_left) == FOUND
     assert lookups.asked == [("hangs.example", 443), other]
 
 
@@ -106,7 +110,7 @@ def test_a_name_is_looked_up_anew_when_nobody_waits(lookups):
     lookups.gate.set()
     one = Resolver()
     for _ in range(3):
-        one.resolve("api.example", 443, 1)
+        one.resolve("api.example", 443, 1, nobody_left)
         for thread in resolve_threads():
             thread.join(2)
     assert len(lookups.asked) == 3
@@ -115,15 +119,30 @@ def test_a_name_is_looked_up_anew_when_nobody_waits(lookups):
 def test_a_lookup_that_hangs_ends_in_a_timeout_in_time(lookups):
     began = time.monotonic()
     with pytest.raises(TimeoutError):
-        Resolver().resolve("api.example", 443, 0.1)
+        Resolver().resolve("api.example", 443, 0.1, nobody_left)
     assert 0.1 <= time.monotonic() - began < 0.3
+
+
+def test_a_caller_whom_nobody_waits_for_any_more_is_let_go_and_the_others_are_not(lookups):
+    def left():
+        raise InterruptedError
+
+    one = Resolver()
+    wait = in_threads(1, lambda: one.resolve("api.example", 443, 5, nobody_left))
+    assert lookups.began.acquire(timeout=2)
+    began = time.monotonic()
+    with pytest.raises(InterruptedError):
+        one.resolve("api.example", 443, 5, left)
+    assert time.monotonic() - began < 0.6
+    lookups.gate.set()
+    assert wait() == [FOUND]
 
 
 def test_lookups_that_hang_do_not_pile_up_in_threads(lookups):
     one = Resolver()
     for _ in range(5):
         with pytest.raises(TimeoutError):
-            one.resolve("api.example", 443, 0.01)
+            one.resolve("api.example", 443, 0.01, nobody_left)
     assert len(resolve_threads()) == 1
     assert len(lookups.asked) == 1
 
@@ -131,8 +150,8 @@ def test_lookups_that_hang_do_not_pile_up_in_threads(lookups):
 def test_the_next_caller_takes_the_late_answer_of_a_lookup_that_others_gave_up(lookups):
     one = Resolver()
     with pytest.raises(TimeoutError):
-        one.resolve("api.example", 443, 0.01)
-    wait = in_threads(1, lambda: one.resolve("api.example", 443, 5))
+        one.resolve("api.example", 443, 0.01, nobody_left)
+    wait = in_threads(1, lambda: one.resolve("api.example", 443, 5, nobody_left))
     lookups.gate.set()
     assert wait() == [FOUND]
 
@@ -140,7 +159,7 @@ def test_the_next_caller_takes_the_late_answer_of_a_lookup_that_others_gave_up(l
 def test_a_name_that_is_not_found_is_told_to_all_who_wait(lookups):
     lookups.answer = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
     one = Resolver()
-    wait = in_threads(5, lambda: one.resolve("nowhere.example", 443, 5))
+    wait = in_threads(5, lambda: one.resolve("nowhere.example", 443, 5, nobody_left))
     assert lookups.began.acquire(timeout=2)
     lookups.gate.set()
     results = wait()
@@ -153,18 +172,18 @@ def test_a_failure_is_not_remembered(lookups):
     one = Resolver()
     lookups.answer = socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
     with pytest.raises(socket.gaierror):
-        one.resolve("api.example", 443, 1)
+        one.resolve("api.example", 443, 1, nobody_left)
     for thread in resolve_threads():
         thread.join(2)
     lookups.answer = FOUND
-    assert one.resolve("api.example", 443, 1) == FOUND
+    assert one.resolve("api.example", 443, 1, nobody_left) == FOUND
 
 
 @pytest.mark.parametrize("name", ["a" * 64 + ".example", "a..example", ".example", "\u2028.example"])
 def test_a_name_that_cannot_be_one_is_not_found_at_once(name):
     began = time.monotonic()
     with pytest.raises(socket.gaierror):
-        Resolver().resolve(name, 443, 3)
+        Resolver().resolve(name, 443, 3, nobody_left)
     assert time.monotonic() - began < 2
 
 
@@ -173,7 +192,7 @@ def test_a_lookup_that_fails_in_an_unknown_way_does_not_hold_up_those_who_wait(l
     lookups.gate.set()
     began = time.monotonic()
     with pytest.raises(Exception) as caught:
-        Resolver().resolve("api.example", 443, 0.3)
+        Resolver().resolve("api.example", 443, 0.3, nobody_left)
     assert not isinstance(caught.value, TimeoutError)
     assert time.monotonic() - began < 0.25
 
@@ -192,13 +211,13 @@ def test_a_literal_address_takes_no_thread(monkeypatch, host, family, address):
         raise AssertionError("a thread was started")
 
     monkeypatch.setattr(resolver.threading, "Thread", no_thread)
-    found = Resolver().resolve(host, 8443, 0)
+    found = Resolver().resolve(host, 8443, 0, nobody_left)
     assert [(one[0], one[4][:2]) for one in found] == [(family, (address, 8443))]
 
 
 def test_the_threads_do_not_keep_a_process_from_ending(lookups):
     with pytest.raises(TimeoutError):
-        Resolver().resolve("api.example", 443, 0.01)
+        Resolver().resolve("api.example", 443, 0.01, nobody_left)
     assert all(thread.daemon for thread in resolve_threads())
 
 
@@ -211,5 +230,5 @@ def test_a_thread_that_cannot_be_started_is_started_by_the_next_caller(lookups, 
     with monkeypatch.context() as exhausted:
         exhausted.setattr(threading.Thread, "start", no_more_threads)
         with contextlib.suppress(RuntimeError, OSError):
-            one.resolve("api.example", 443, 0.05)
-    assert one.resolve("api.example", 443, 1) == FOUND
+            one.resolve("api.example", 443, 0.05, nobody_left)
+    assert one.resolve("api.example", 443, 1, nobody_left) == FOUND

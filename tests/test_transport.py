@@ -40,7 +40,7 @@ from fakes import (
 )
 
 from aiproxy.policy import Fault
-from aiproxy.transport import CallFailed, Transport
+from aiproxy.transport import CallFailed, Outgoing, Transport
 from aiproxy.watch import Reason, Watcher
 
 MB = 1024 * 1024
@@ -82,7 +82,7 @@ def begin(transport, upstream, fresh=False, body=BODY, headers=(), path="/v1/mes
     """A call whose head has come."""
     call = transport.call(fresh)
     url = upstream.url if isinstance(upstream, FakeUpstream) else upstream
-    transport.send(call, "POST", url + path, list(headers), body)
+    transport.send(call, Outgoing("POST", url + path, list(headers), body))
     return call
 
 
@@ -137,7 +137,7 @@ def sending(transport, url, body=BODY):
     call = transport.call()
 
     def run():
-        transport.send(call, "POST", url, [], body)
+        transport.send(call, Outgoing("POST", url, [], body))
         return b"".join(call.pieces())
 
     return call, Aside(run)
@@ -324,7 +324,7 @@ def test_a_call_aborted_before_it_is_sent_makes_no_connection(transport, upstrea
     call = transport.call()
     call.abort(Reason.TIMEOUT)
     with pytest.raises(CallFailed) as failed:
-        transport.send(call, "POST", a.url, [], BODY)
+        transport.send(call, Outgoing("POST", a.url, [], BODY))
     assert (failed.value.fault, a.connections) == (Fault.TIMEOUT, 0)
 
 
@@ -334,7 +334,7 @@ def test_a_call_aborted_before_it_is_sent_sends_nothing_on_a_kept_connection(tra
     call = transport.call()
     call.abort(Reason.TIMEOUT)
     with pytest.raises(CallFailed) as failed:
-        transport.send(call, "POST", a.url, [], BODY)
+        transport.send(call, Outgoing("POST", a.url, [], BODY))
     assert (failed.value.fault, failed.value.stale, len(a.seen)) == (Fault.TIMEOUT, False, 1)
     assert ask(transport, a) == MESSAGE
 
@@ -457,7 +457,7 @@ def test_abort_after_close_or_failure_does_nothing(transport, upstream):
     call.abort(Reason.TIMEOUT)
     other = transport.call()
     with pytest.raises(CallFailed):
-        transport.send(other, "POST", a.url, [], BODY)
+        transport.send(other, Outgoing("POST", a.url, [], BODY))
     other.abort(Reason.TIMEOUT)
     other.close()
 
@@ -477,7 +477,7 @@ def test_aborts_at_any_moment_end_only_their_own_call(transport, watcher, upstre
         call = transport.call()
         deadline = watcher.deadline(call, dice.choice(after), Reason.TIMEOUT)
         try:
-            transport.send(call, "POST", a.url, [], body)
+            transport.send(call, Outgoing("POST", a.url, [], body))
             return b"".join(call.pieces())
         except CallFailed as failed:
             return failed
@@ -506,7 +506,7 @@ def test_a_deadline_ends_a_call(transport, watcher, upstream):
     began = time.monotonic()
     watcher.deadline(call, 0.1, Reason.TIMEOUT)
     with pytest.raises(CallFailed) as failed:
-        transport.send(call, "POST", a.url, [], BODY)
+        transport.send(call, Outgoing("POST", a.url, [], BODY))
     assert (failed.value.fault, failed.value.detail) == (Fault.TIMEOUT, "no answer in time")
     assert 0.1 <= time.monotonic() - began < 2
     a.wait_left()
