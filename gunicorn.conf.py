@@ -1,12 +1,17 @@
 """gunicorn's settings for aiproxy. The command line and GUNICORN_CMD_ARGS win over this file."""
 
+import importlib
 import json
 import os
 import shlex
+import shutil
 import sys
+import tempfile
 
 from aiproxy.config import ConfigError, check_addresses, path_from
 from aiproxy.reload import LastGood, start
+
+METRICS = "PROMETHEUS_MULTIPROC_DIR"
 
 try:
     # Here, before any port is opened: a faulty configuration must stop the start.
@@ -30,6 +35,30 @@ control_socket_disable = True
 def on_starting(server):
     """Before any port is opened: the command line may bind another address than the configuration."""
     _check(server.address)
+    _share_figures(server)
+
+
+def _share_figures(server):
+    """Where several workers share what /metrics tells: prometheus-client looks for it when first imported.
+
+    In memory: a file on a full disk, mapped as these are, would kill the process that writes to it.
+    """
+    os.environ.pop(METRICS, None)  # of the gunicorn that this one takes the place of
+    if server.cfg.workers > 1:
+        memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+        os.environ[METRICS] = tempfile.mkdtemp(prefix="aiproxy-metrics-", dir=memory)
+
+
+def child_exit(server, worker):
+    """What a worker counted stays, its streams in flight do not."""
+    if METRICS in os.environ:
+        importlib.import_module("aiproxy.metrics").process_ended(worker.pid)  # not sooner: see above
+
+
+def on_exit(server):
+    """The figures end with this gunicorn; another one that took its place has its own."""
+    if METRICS in os.environ:
+        shutil.rmtree(os.environ[METRICS], ignore_errors=True)
 
 
 def _check(addresses):

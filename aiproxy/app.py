@@ -7,17 +7,22 @@ import flask
 
 from .config import Config
 from .console import create_console
+from .metrics import Metrics
 from .service import Service
 from .views import create_blueprint
 
 
-def create_app(config: Config, clock: Callable[[], float] = time.monotonic) -> flask.Flask:
+def create_app(
+    config: Config, clock: Callable[[], float] = time.monotonic, metrics_directory: str | None = None
+) -> flask.Flask:
     """The WSGI application for a loaded configuration; `clock` is the circuit breakers'.
+
+    `metrics_directory` is where the workers share their figures, None for a process by itself.
 
     `app.extensions["aiproxy"]` is its `Service`, which wants to be told which server it serves and which
     file it is to follow.
     """
-    service = Service(config, clock)
+    service = Service(config, clock, Metrics(metrics_directory))
     app = flask.Flask("aiproxy", static_folder=None)
     app.url_map.merge_slashes = False  # a doubled slash is another path, no reason for a redirect
     app.register_blueprint(create_blueprint(service))

@@ -28,4 +28,11 @@ def create_console(service: Service) -> flask.Blueprint:
         status, text = (200, "ready") if reason is None else (503, reason)
         return own(status, f"{text}\n".encode(), _FRESH, _TEXT)
 
+    @blueprint.get("/metrics", provide_automatic_options=False)
+    def metrics() -> flask.Response:
+        """Figures for Prometheus."""
+        service.take_stock()
+        body, type_ = service.metrics.exposition()
+        return own(200, body, _FRESH, type_)
+
     return blueprint

@@ -1,7 +1,5 @@
 """What one request has met so far: its attempts' failures judged, charged, logged, and the best one kept."""
 
-import logging
-import time
 from collections.abc import Callable
 
 import msgspec
@@ -11,18 +9,15 @@ from .body import members, text
 from .breaker import Outcome
 from .errors import ApiError
 from .headers import Pairs, value_of
-from .logs import Redactor
+from .journal import Journal
 from .policy import THREAD_NOT_FOUND, TIMEOUTS_A_REQUEST, Charge, Fault, Rank, Rule, rule_for
 from .relay import End, Relay
-from .report import Report
 from .threads import Owners, continued_message, uses_thread
 from .upstream import Upstream
 from .watch import Reason
 
 #: The status, in the log alone, of a request whose client left before its answer: nginx's.
 CLIENT_LEFT = 499
-#: Bytes of an upstream's error that the log is cut out of.
-_ERROR_READ = 65536
 
 
 class Reply(msgspec.Struct, frozen=True):
@@ -36,12 +31,12 @@ class Reply(msgspec.Struct, frozen=True):
 class Course:
     """What one request has met so far."""
 
-    def __init__(self, request: Request, redactor: Redactor, owners: Owners, is_bound: bool = False) -> None:
+    def __init__(self, request: Request, journal: Journal, owners: Owners, is_bound: bool = False) -> None:
         """`is_bound`: the request names something that only one account has."""
         self.goes_on = True
         self.request_is_at_fault = False
         self._request = request
-        self._redactor = redactor
+        self._journal = journal
         self._owners = owners
         self._is_bound = is_bound
         self._attempts = 0
@@ -62,7 +57,7 @@ class Course:
         outcome = attempt.run()
         if isinstance(outcome, Failure):
             rule = self._rule(outcome)
-            self._log_attempt(attempt, outcome, rule)
+            self._journal.attempt(self._request, attempt, self._attempts, outcome, rule)
             self._charge(attempt, outcome, rule)
             if may_lack and self._lacks_endpoint(outcome):
                 self.lacking.append(attempt.upstream)
@@ -71,7 +66,7 @@ class Course:
             self._timeouts += outcome.fault is Fault.TIMEOUT
             self.goes_on = rule.next_upstream and self._timeouts < TIMEOUTS_A_REQUEST
         else:
-            self._log_attempt(attempt, None, None)
+            self._journal.attempt(self._request, attempt, self._attempts, None, None)
         return outcome
 
     def answered(self, attempt: Attempt, answer: Answer, cut: Callable[[], None]) -> Reply:
@@ -79,15 +74,16 @@ class Course:
         for refused in self._undecided:
             refused.settle(Outcome.FAILURE)
         if isinstance(answer.body, Relay):
+            self._journal.streaming(self._request)
             answer.body.bind(
                 self._request.id,
                 cut,
                 on_stop=lambda: self._remember(attempt),
-                on_end=lambda end: self._log_done(attempt, answer.status, end),
+                on_end=lambda end: self._done(attempt, answer.status, end),
             )
         else:
             self._remember(attempt)
-            self._log_done(attempt, answer.status, End("complete", len(answer.body)))
+            self._done(attempt, answer.status, End("complete", len(answer.body)))
         return self._reply(attempt, answer.status, answer.headers, answer.body)
 
     @property
@@ -99,7 +95,7 @@ class Course:
         """No upstream answered: the error of theirs that helps the client most, else one of ours."""
         attempt, failure = self._failed_at, self._failure
         if self._request.scope.reason is Reason.CLIENT_LEFT:
-            self._log_done(None, CLIENT_LEFT, End("client_left", 0))
+            self._done(None, CLIENT_LEFT, End("client_left", 0))
             return Reply(CLIENT_LEFT, [], b"")
         if self._request.scope.reason is Reason.RESTART:
             return self._own(ApiError(529, "overloaded_error", "aiproxy is restarting."), "restart")
@@ -107,8 +103,8 @@ class Course:
             if self._timeouts:
                 return self._own(ApiError(504, "timeout_error", "No upstream answered in time."))
             return self._own(ApiError(502, "api_error", "No upstream could answer the request."))
-        body = self._redactor.answer(failure.body)
-        self._log_done(attempt, failure.status, End("error", len(body)))
+        body = self._journal.redactor.answer(failure.body)
+        self._done(attempt, failure.status, End("error", len(body)))
         return self._reply(attempt, failure.status, self._with_soonest_retry(failure.headers), body)
 
     def release(self) -> None:
@@ -118,8 +114,11 @@ class Course:
 
     def _own(self, error: ApiError, how: str = "error") -> Reply:
         body = error.body(self._request.id)
-        self._log_done(None, error.status, End(how, len(body)))
+        self._done(None, error.status, End(how, len(body)))
         return self._reply(None, error.status, [("content-type", "application/json")], body)
+
+    def _done(self, attempt: Attempt | None, status: int, end: End) -> None:
+        self._journal.done(self._request, attempt, self._attempts, status, end)
 
     def _rule(self, failure: Failure) -> Rule:
         if failure.status == 404 and _thread_not_found(failure) and continued_message(self._request.body):
@@ -172,47 +171,6 @@ class Course:
         if value_of(headers, "request-id") is None:
             added.append(("request-id", self._request.id))
         return Reply(status, [*headers, *added], body)
-
-    def _log_attempt(self, attempt: Attempt, failure: Failure | None, rule: Rule | None) -> None:
-        self._redactor.line(
-            logging.INFO if failure is None else logging.WARNING,
-            "attempt",
-            self._request.secrets,
-            id=self._request.id,
-            number=self._attempts,
-            upstream=attempt.upstream.name,
-            model=self._request.body.model,
-            upstream_model=attempt.model,
-            status=attempt.status,
-            fault=failure.fault.value if failure is not None else None,
-            detail=failure.detail if failure is not None else None,
-            verdict="answered" if rule is None else rule.charge.value,
-            reconnected=attempt.reconnected or None,
-            first_byte=attempt.first_byte,
-            upstream_request_id=attempt.upstream_request_id,
-            error=failure.body[:_ERROR_READ].decode(errors="replace") if failure and failure.body else None,
-        )
-
-    def _log_done(self, attempt: Attempt | None, status: int, end: End) -> None:
-        report = attempt.report if attempt is not None else Report()
-        self._redactor.line(
-            logging.INFO if end.how in ("complete", "client_left") else logging.WARNING,
-            "done",
-            self._request.secrets,
-            id=self._request.id,
-            outcome=end.how,
-            status=status,
-            upstream=attempt.upstream.name if attempt is not None else None,
-            attempts=self._attempts,
-            bytes=end.bytes,
-            seconds=time.monotonic() - self._request.began,
-            detail=end.detail,
-            input_tokens=report.input_tokens,
-            output_tokens=report.output_tokens,
-            cache_read_tokens=report.cache_read_input_tokens,
-            cache_write_tokens=report.cache_creation_input_tokens,
-            upstream_request_id=attempt.upstream_request_id if attempt is not None else None,
-        )
 
 
 def _thread_not_found(failure: Failure) -> bool:

@@ -10,7 +10,7 @@ from .breaker import Outcome
 from .course import Course, Reply
 from .errors import ApiError
 from .headers import value_of
-from .logs import Redactor
+from .journal import Journal
 from .threads import Owners, continued_message
 from .upstream import Upstream
 
@@ -22,13 +22,13 @@ class Forwarder:
     """Thread-safe; what belongs to one request lives in its own `Course`."""
 
     def __init__(
-        self, balancer: Balancer, tools: Tools, owners: Owners, affinity: str, redactor: Redactor
+        self, balancer: Balancer, tools: Tools, owners: Owners, affinity: str, journal: Journal
     ) -> None:
         self._balancer = balancer
         self._tools = tools
         self._owners = owners
         self._affinity = affinity
-        self._redactor = redactor
+        self._journal = journal
         self._without_counting: set[Upstream] = set()  # they answered that they cannot count tokens
 
     def forward(self, request: Request, cut: Cut) -> Reply:
@@ -41,7 +41,7 @@ class Forwarder:
         key = self._affinity_key(request)
         walk = self._balancer.candidates(serving, [*owner, *(rank(serving, key) if key else ())])
         is_bound = bool(owner) or _is_bound(request)
-        course = Course(request, self._redactor, self._owners, is_bound)
+        course = Course(request, self._journal, self._owners, is_bound)
 
         def choices() -> Iterable[Choice]:
             while choice := walk.next(last_resort=not course.request_is_at_fault):
@@ -58,7 +58,7 @@ class Forwarder:
         Outside breakers and cursor: counting says nothing of an upstream's health.
         """
         is_bound = _is_bound(request) or continued_message(request.body) is not None
-        course = Course(request, self._redactor, self._owners, is_bound)
+        course = Course(request, self._journal, self._owners, is_bound)
         able = [upstream for upstream in self._serving(request) if upstream not in self._without_counting]
         reply = self._first_answer(
             request, course, self._beside_the_cursor(request, able), cut, may_lack=True
@@ -70,7 +70,7 @@ class Forwarder:
 
     def pass_on(self, request: Request, cut: Cut) -> Reply:
         """As `forward`, for a request that is about no model, and so concerns neither breakers nor cursor."""
-        course = Course(request, self._redactor, self._owners)
+        course = Course(request, self._journal, self._owners)
         choices = self._beside_the_cursor(request, _not_draining(self._balancer.upstreams))
         return self._first_answer(request, course, choices, cut) or course.failed()
 

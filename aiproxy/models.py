@@ -20,16 +20,16 @@ class Models:
         names = [
             name for each in upstreams for name in (*sorted(each.available_models), *each.model_mappings)
         ]
-        self._names = list(dict.fromkeys(names))
+        self.names = list(dict.fromkeys(names))
 
     @property
     def are_listed(self) -> bool:
         """Whether the configuration names any model."""
-        return bool(self._names)
+        return bool(self.names)
 
     def one(self, name: str) -> bytes:
         """One model. Raises `ApiError` 404."""
-        if name not in self._names:
+        if name not in self.names:
             raise ApiError(404, "not_found_error", f"model: {name[:100]}")
         return json.dumps(_described(name)).encode()
 
@@ -43,7 +43,7 @@ class Models:
             raise ApiError(400, "invalid_request_error", f"limit: expected 1 to {_LARGEST_PAGE}.")
         if "after_id" in query and "before_id" in query:
             raise ApiError(400, "invalid_request_error", "after_id and before_id cannot both be given.")
-        start, end = 0, len(self._names)
+        start, end = 0, len(self.names)
         if "after_id" in query:
             start = self._place("after_id", query["after_id"]) + 1
         if "before_id" in query:
@@ -52,7 +52,7 @@ class Models:
             has_more = start > 0
         else:
             has_more = end - start > int(limit)
-        names = self._names[start:end][: int(limit)]
+        names = self.names[start:end][: int(limit)]
         page = {
             "data": [_described(name) for name in names],
             "has_more": has_more,
@@ -62,9 +62,9 @@ class Models:
         return json.dumps(page).encode()
 
     def _place(self, parameter: str, name: str) -> int:
-        if name not in self._names:
+        if name not in self.names:
             raise ApiError(400, "invalid_request_error", f"{parameter}: no such model.")
-        return self._names.index(name)
+        return self.names.index(name)
 
 
 def _described(name: str) -> dict[str, str]:

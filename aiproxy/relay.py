@@ -42,11 +42,12 @@ _TOLD = {
 
 
 class End(msgspec.Struct, frozen=True):
-    """How a stream ended, for the log."""
+    """How a request ended, for the log."""
 
-    how: str  # complete, error_event, broken, silent, restart, client_left
+    how: str  # complete, error; a stream also error_event, broken, silent, restart, client_left
     bytes: int
     detail: str | None = None
+    streamed: bool = False
 
 
 class Owner(Protocol):
@@ -178,7 +179,7 @@ class Relay:
         self._call.close()
         self._owner.settle(_OUTCOMES.get(how, Outcome.FAILURE))
         self._on_last()
-        self._on_end(End(how, self.bytes, detail))
+        self._on_end(End(how, self.bytes, detail, streamed=True))
 
 
 def _nothing(*_: object) -> None:

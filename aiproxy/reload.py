@@ -36,6 +36,8 @@ class Service(Protocol):
 
     def refuse(self, faults: Iterable[str]) -> None: ...
 
+    def take_stock(self) -> None: ...
+
 
 class LastGood:
     """The content of the configuration that was in force last, in memory that all workers share.
@@ -142,6 +144,7 @@ class Follower:
         while not self._stopped.wait(LOOK):
             try:
                 self.look()
+                self._service.take_stock()
             except Exception:  # a bug must not end the following
                 logs.exception("bug", thread="reload")
 

@@ -21,7 +21,9 @@ from .breaker import Breaker
 from .config import Config, UpstreamSettings, check_addresses
 from .forwarder import Forwarder
 from .gate import SPARE, Gate
+from .journal import Journal
 from .keys import Keys
+from .metrics import Metrics
 from .models import Models
 from .reload import Follower, LastGood, Start, changes
 from .threads import Owners
@@ -41,7 +43,7 @@ class Doors(msgspec.Struct, frozen=True):
     forwarder: Forwarder
     models: Models
     keys: Keys
-    redactor: logs.Redactor
+    journal: Journal
     gate: Gate
     drains: Gate  # how many refused bodies are read away at a time, beside the requests in flight
     watcher: Watcher
@@ -50,8 +52,9 @@ class Doors(msgspec.Struct, frozen=True):
 class Service:
     """`doors` may be read from any thread; the rest is for the server and for whoever follows the file."""
 
-    def __init__(self, config: Config, clock: Callable[[], float]) -> None:
+    def __init__(self, config: Config, clock: Callable[[], float], metrics: Metrics) -> None:
         """`clock`: monotonic seconds, the circuit breakers'."""
+        self.metrics = metrics
         self.is_stopping = False
         self.began = time.time()
         self.taken_up = self.began
@@ -97,6 +100,7 @@ class Service:
         self.doors = self._built(config, staying, old.balancer.cursor)
         self.taken_up, self.digest, self.faults = time.time(), _digest(content), ()
         said = "; ".join(changes(old.config, config)) or "none"
+        self.metrics.reloaded("applied")
         logs.line(logging.INFO, "reload", result="applied", configuration=self.digest, changes=said)
         for warning in config.warnings:
             logs.line(logging.WARNING, "reload", warning=warning)
@@ -104,8 +108,13 @@ class Service:
     def refuse(self, faults: Iterable[str]) -> None:
         """The file has become one that cannot be served: what is in force stays."""
         self.faults = tuple(faults)
+        self.metrics.reloaded("refused")
         for fault in self.faults:
             logs.line(logging.ERROR, "reload", result="refused", configuration=self.digest, fault=fault)
+
+    def take_stock(self) -> None:
+        """Tell the metrics how the circuits are now: time alone changes them."""
+        self.metrics.circuits({each.name: each.state for each in self.doors.balancer.upstreams})
 
     def unready(self) -> str | None:
         """Why a new request had better go elsewhere; None where some upstream is usable."""
@@ -142,15 +151,16 @@ class Service:
             for settings in enabled
         ]
         balancer = Balancer(upstreams, cursor)
-        redactor = _redactor(config)
+        journal = Journal(_redactor(config), self.metrics)
+        self.metrics.know_models(Models(enabled).names)
         tools = Tools(self._transport, self._watcher, config.timeouts)
         return Doors(
             config=config,
             balancer=balancer,
-            forwarder=Forwarder(balancer, tools, self._owners, config.affinity, redactor),
+            forwarder=Forwarder(balancer, tools, self._owners, config.affinity, journal),
             models=Models(enabled),
             keys=Keys({each.name: each.key for each in config.api_keys}),
-            redactor=redactor,
+            journal=journal,
             gate=self._gate,
             drains=self._drains,
             watcher=self._watcher,

@@ -27,6 +27,11 @@ class Upstream:
             ("authorization", f"Bearer {settings.token}") if bearer else ("x-api-key", settings.token)
         )
 
+    @property
+    def state(self) -> str:
+        """Its circuit's, or `draining`."""
+        return "draining" if self.draining else self.breaker.circuit().state
+
     def is_same_account(self, settings: UpstreamSettings) -> bool:
         """Whether what is known of this upstream's health is true of one with these settings too."""
         return all(getattr(self.settings, name) == getattr(settings, name) for name in _ACCOUNT)

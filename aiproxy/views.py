@@ -228,7 +228,7 @@ def _request(doors: Doors, client: str | None, scope: Scope, began: float) -> Re
         began=began,
         scope=scope,
     )
-    _log_arrival(request, doors.redactor, doors.config.logging.prompt_preview)
+    _log_arrival(request, doors.journal.redactor, doors.config.logging.prompt_preview)
     return request
 
 
@@ -302,14 +302,8 @@ def _refusal(error: ApiError, headers: Pairs | None = None) -> flask.Response:
     """An error of our own, after what is left of the request's body has been read and dropped."""
     flask.g.upload.drop()
     request_id = flask.g.request_id
-    _doors().redactor.line(
-        logging.WARNING,
-        "refused",
-        secrets_in(_client_headers(flask.request.environ)),
-        id=request_id,
-        status=error.status,
-        reason=error.message,
-    )
+    secrets = secrets_in(_client_headers(flask.request.environ))
+    _doors().journal.refused(request_id, flask.request.path, secrets, error)
     response = own(error.status, error.body(request_id), headers)
     response.call_on_close(flask.g.upload.end)
     return response
