@@ -661,6 +661,41 @@ def test_no_line_of_the_log_holds_a_password(served):
         assert secret not in said
 
 
+NGINX = """
+daemon off; user root; pid {folder}/pid; error_log {folder}/error.log;
+events {{}}
+http {{
+  access_log off; client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy;
+  fastcgi_temp_path {folder}/fastcgi; uwsgi_temp_path {folder}/uwsgi; scgi_temp_path {folder}/scgi;
+  server {{
+    listen 127.0.0.1:{port};
+    location / {{ proxy_pass http://unix:{socket}:; proxy_http_version 1.1; proxy_buffering off; }}
+  }}
+}}
+"""
+
+
+@NEEDS_TINYPROXY
+@pytest.mark.skipif(
+    shutil.which("nginx") is None and os.environ.get("AIPROXY_REQUIRE_ALL") != "1",
+    reason="nginx is missing",
+)
+def test_nginx_reaches_the_unix_socket(served, plain, tmp_path):
+    port = free_port()
+    config = tmp_path / "nginx.conf"
+    config.write_text(NGINX.format(folder=tmp_path, port=port, socket=served.socket))
+    target = "/v1/messages?beta=true&x=%20"
+    with subprocess.Popen(["nginx", "-c", str(config), "-e", str(tmp_path / "error.log")]) as nginx:
+        try:
+            wait_until_open(port)
+            with RawClient(HOST, port) as client:
+                client.post({**ASK, "model": "plain"}, target)
+                assert client.read().status == 200
+        finally:
+            nginx.terminate()
+    assert plain.seen[-1].target == target
+
+
 def test_a_unix_socket_is_given_up_on_sigterm_while_a_stream_runs_on(serve, config_of, upstream, tmp_path):
     gate = threading.Event()
     spoken = message_events(["one", "two"])
