@@ -508,7 +508,7 @@ def served(tmp_path_factory, tinyproxy, plain, secure, spare):
         "direct-mistrusted": {"base_url": secure.url, "ca_bundle": "other.pem"},
     }
     upstreams = [
-        {"name": name, "token": f"sk-test-{name}", "weight": 9, "available_models": [name], **way}
+        {"name": name, "token": f"sk-test-{name}", "weight": 9999, "available_models": [name], **way}
         for name, way in ways.items()
     ]
     upstreams.append({"name": "spare", "token": "sk-test-spare", "base_url": spare.url})
