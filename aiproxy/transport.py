@@ -13,7 +13,6 @@ import socket
 import ssl
 import threading
 from collections.abc import Iterator
-from http import HTTPStatus
 from http.cookiejar import DefaultCookiePolicy
 from typing import Any
 from urllib.parse import unquote_to_bytes, urlsplit
@@ -251,7 +250,7 @@ class Transport:
         finally:
             _current.call = None
         call.answered(response)
-        if outgoing.is_forwarded and call.status == HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
+        if outgoing.is_forwarded and _wants_password(response):
             call.close()
             raise CallFailed(Fault.CONNECT, _refusal(call.status, response.reason))
 
@@ -402,9 +401,11 @@ class _TlsConnection(_Connection, HTTPSConnection):
     """The same over TLS, through a tunnel where there is a forward proxy."""
 
     def _tunnel(self) -> None:
+        call = _current.call
+        assert call is not None
         super()._tunnel()
-        if _current.call is not None:
-            _current.call.at_proxy = False
+        call.check()  # what was cut off in the answer's head passes for a tunnel
+        call.at_proxy = False
 
 
 class _Pool(HTTPConnectionPool):
@@ -501,6 +502,15 @@ def _is_timeout(error: Exception | None) -> bool:
     return any(
         isinstance(cause, TimeoutError | urllib3.exceptions.ReadTimeoutError) for cause in _chain(error)
     )
+
+
+def _wants_password(response: requests.Response) -> bool:
+    """Whether a forward proxy asks for a user and a password; tinyproxy does so as if it were the upstream.
+
+    The API itself never asks for basic authentication.
+    """
+    challenge = response.raw.headers.get("www-authenticate", "").lower()
+    return response.status_code == 407 or (response.status_code == 401 and challenge.startswith("basic"))
 
 
 def _refused_tunnel(error: Exception | None) -> str | None:

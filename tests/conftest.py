@@ -169,7 +169,8 @@ def _fill_in(config: Mapping[str, Any] | str, port: int) -> tuple[str, int]:
     """The YAML text with an address in it, and the port; a text that names its own is left alone."""
     if not isinstance(config, str):
         whole = {"bind": HOST, "listen": port, **config}
-        return yaml.safe_dump(whole, sort_keys=False), int(str(whole["listen"]).removeprefix(":"))
+        listen = str(whole["listen"]).removeprefix(":")
+        return yaml.safe_dump(whole, sort_keys=False), 0 if listen.startswith("unix:") else int(listen)
     given = re.search(r'^listen:\s*"?:?(\d+)', config, re.MULTILINE)
     if given:
         return config, int(given[1])

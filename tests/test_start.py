@@ -365,6 +365,18 @@ def test_an_ipv6_address_is_served_and_told(serve):
     assert run_as_a_user_would(command)[0] == 200
 
 
+def test_a_unix_socket_is_served_told_and_taken_away_at_the_end(serve, tmp_path):
+    place = tmp_path / "a socket.sock"
+    served = serve({**DEMO, "bind": "0.0.0.0", "listen": f"unix:{place}"}, wait=False)
+    found = served.wait_for_log(r"^aiproxy serves (unix:.*) - try: (.*)$")
+    assert found[1] == f"unix:{place}"
+    assert run_as_a_user_would(found[2])[0] == 200
+    assert "every user of this machine is served" in "\n".join(served.stdout_lines())
+    served.ask_to_stop()
+    assert served.wait_exit(4) == 0
+    assert not place.exists()
+
+
 # ------------------------------------------------------------------------------------------ the end
 
 
