@@ -88,9 +88,15 @@ class Front:
         """Where it serves."""
         return f"https://{NAME}:{self.port}"
 
-    def log(self) -> list[str]:
-        """The access log so far."""
-        return (self.folder / "aiproxy.access.log").read_text().splitlines()
+    def log(self, count: int) -> list[str]:
+        """The access log, of so many lines: nginx writes one after the client has its answer."""
+        limit = time.monotonic() + 5
+        while True:
+            lines = (self.folder / "aiproxy.access.log").read_text().splitlines()
+            if len(lines) >= count:
+                return lines
+            assert time.monotonic() < limit, lines
+            threading.Event().wait(0.01)
 
     def __enter__(self) -> Self:
         errors = str(self.folder / "error.log")
