@@ -1,0 +1,486 @@
+"""Figures for Prometheus: what is counted under which labels, alone and shared among processes."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+from aiproxy.metrics import STRANGERS, Metrics, process_ended
+from aiproxy.report import Report
+
+ROOT = Path(__file__).parent.parent
+ODD = ['say "hi"', "two\nlines", "back\\slash", "back\\nslash", "cr\rlf", "{a=b},", "ünï 漢", " ", "nul\0"]
+USED = Report(input_tokens=5, output_tokens=7, cache_read_input_tokens=11, cache_creation_input_tokens=13)
+
+
+def parsed(body):
+    """Every sample of an exposition: (name, labels) to value."""
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(body.decode())
+        for sample in family.samples
+    }
+
+
+def figure(source, name, **labels):
+    """One sample's value, None where it is not shown."""
+    body = source.exposition()[0]
+    return parsed(body).get((name, frozenset(labels.items())))
+
+
+def labels_of(source, metric, label):
+    samples = parsed(source.exposition()[0])
+    return {dict(labels)[label] for name, labels in samples if name == metric}
+
+
+def models(source):
+    return labels_of(source, "aiproxy_requests_total", "model")
+
+
+def busy(metrics):
+    """Some of everything."""
+    metrics.know_models(["claude-x"])
+    metrics.request("claude-x", "complete", "me")
+    metrics.attempt("one", "answered", 0.3)
+    metrics.attempt("two", "counted", 0.1)
+    metrics.answer("one", 12.0, USED)
+    metrics.stream_began()
+    metrics.circuits({"one": "closed", "two": "open"})
+    metrics.reloaded("applied")
+    return metrics
+
+
+def test_requests_are_counted_by_model_outcome_and_client():
+    metrics = Metrics()
+    metrics.know_models(["claude-x"])
+    for _ in range(3):
+        metrics.request("claude-x", "complete", "me")
+    metrics.request("claude-x", "error", None)
+    metrics.request("", "refused", "unknown")
+    count = "aiproxy_requests_total"
+    assert figure(metrics, count, model="claude-x", outcome="complete", client="me") == 3
+    assert figure(metrics, count, model="claude-x", outcome="error", client="anonymous") == 1
+    assert figure(metrics, count, model="unknown", outcome="refused", client="unknown") == 1
+
+
+def test_attempts_are_counted_by_upstream_and_verdict():
+    metrics = Metrics()
+    metrics.attempt("one", "answered", 0.3)
+    metrics.attempt("one", "answered", 0.4)
+    metrics.attempt("two", "counted if another upstream answers", None)
+    count = "aiproxy_attempts_total"
+    assert figure(metrics, count, upstream="one", verdict="answered") == 2
+    assert figure(metrics, count, upstream="two", verdict="counted if another upstream answers") == 1
+
+
+def test_the_first_byte_is_that_of_good_answers():
+    metrics = Metrics()
+    metrics.attempt("one", "answered", 0.3)
+    metrics.attempt("one", "answered", 70.0)
+    metrics.attempt("one", "rests", 0.01)
+    metrics.attempt("one", "counted", None)
+    name = "aiproxy_first_byte_seconds"
+    assert figure(metrics, f"{name}_count", upstream="one") == 2
+    assert figure(metrics, f"{name}_sum", upstream="one") == 70.3
+    assert [figure(metrics, f"{name}_bucket", upstream="one", le=le) for le in ("0.25", "0.5", "120.0")] == [
+        *(0, 1, 2)
+    ]
+
+
+def test_an_answer_adds_its_seconds_and_its_tokens_by_kind():
+    metrics = Metrics()
+    metrics.answer("one", 400.0, USED)
+    metrics.answer("one", 1.5, Report(output_tokens=100))
+    assert figure(metrics, "aiproxy_answer_seconds_sum", upstream="one") == 401.5
+    assert figure(metrics, "aiproxy_answer_seconds_bucket", upstream="one", le="600.0") == 2
+    assert figure(metrics, "aiproxy_answer_seconds_bucket", upstream="one", le="300.0") == 1
+    kinds = ("input", "output", "cache_read", "cache_write")
+    tokens = {kind: figure(metrics, "aiproxy_tokens_total", upstream="one", kind=kind) for kind in kinds}
+    assert tokens == {"input": 5, "output": 107, "cache_read": 11, "cache_write": 13}
+
+
+def test_a_kind_of_tokens_that_no_answer_told_of_is_zero():
+    metrics = Metrics()
+    metrics.answer("one", 1.0, Report(input_tokens=3))
+    assert figure(metrics, "aiproxy_tokens_total", upstream="one", kind="cache_read") == 0
+
+
+def test_streams_in_flight_go_up_and_down():
+    metrics = Metrics()
+    assert figure(metrics, "aiproxy_streams_in_flight") == 0
+    metrics.stream_began()
+    metrics.stream_began()
+    metrics.stream_ended()
+    assert figure(metrics, "aiproxy_streams_in_flight") == 1
+
+
+def test_each_upstream_is_in_one_circuit_state():
+    metrics = Metrics()
+    metrics.circuits({"one": "closed"})
+    metrics.circuits({"one": "open"})
+    states = ("closed", "half_open", "resting", "open", "draining")
+    shown = {state: figure(metrics, "aiproxy_circuit_state", upstream="one", state=state) for state in states}
+    assert shown == {**dict.fromkeys(states, 0), "open": 1}
+
+
+def test_an_upstream_that_is_gone_is_in_no_circuit_state_until_it_comes_back():
+    metrics = Metrics()
+    metrics.circuits({"one": "closed", "two": "open"})
+    metrics.circuits({"one": "closed"})
+    assert labels_of(metrics, "aiproxy_circuit_state", "upstream") == {"one"}
+    metrics.circuits({"one": "closed", "two": "half_open"})
+    assert figure(metrics, "aiproxy_circuit_state", upstream="two", state="half_open") == 1
+    assert figure(metrics, "aiproxy_circuit_state", upstream="two", state="open") == 0
+
+
+def test_reloads_are_a_counter_that_begins_at_zero():
+    metrics = Metrics()
+    assert figure(metrics, "aiproxy_reloads_total", result="refused") == 0
+    metrics.reloaded("refused")
+    metrics.reloaded("refused")
+    assert figure(metrics, "aiproxy_reloads_total", result="refused") == 2
+    assert figure(metrics, "aiproxy_reloads_total", result="applied") == 0
+    assert b"# TYPE aiproxy_reloads_total counter\n" in metrics.exposition()[0]
+
+
+def test_the_exposition_is_prometheus_text_about_nothing_else():
+    body, content_type = busy(Metrics()).exposition()
+    assert content_type == "text/plain; version=0.0.4; charset=utf-8"
+    types = dict(re.findall(r"# TYPE (\S+) (\S+)", body.decode()))
+    assert types == {
+        "aiproxy_answer_seconds": "histogram",
+        "aiproxy_attempts_total": "counter",
+        "aiproxy_circuit_state": "gauge",
+        "aiproxy_first_byte_seconds": "histogram",
+        "aiproxy_reloads_total": "counter",
+        "aiproxy_requests_total": "counter",
+        "aiproxy_streams_in_flight": "gauge",
+        "aiproxy_tokens_total": "counter",
+    }
+    assert b"_created" not in body
+
+
+def test_a_configured_model_has_its_name_whatever_the_outcome():
+    metrics = Metrics()
+    metrics.know_models(["claude-x", "m" * 200])
+    metrics.request("claude-x", "error", None)
+    metrics.request("m" * 200, "refused", None)
+    assert models(metrics) == {"claude-x", "m" * 200}
+
+
+def test_another_model_has_its_name_once_it_was_answered():
+    metrics = Metrics()
+    metrics.request("claude-new", "error", None)
+    metrics.request("claude-odd", "client_left", None)
+    assert models(metrics) == {"other"}
+    metrics.request("claude-new", "complete", None)
+    metrics.request("claude-new", "error", None)
+    assert models(metrics) == {"other", "claude-new"}
+    name = "aiproxy_requests_total"
+    assert figure(metrics, name, model="claude-new", outcome="error", client="anonymous") == 1
+
+
+def test_a_client_cannot_make_up_more_than_so_many_models():
+    metrics = Metrics()
+    metrics.know_models(["claude-x"])
+    for number in range(1000):
+        metrics.request(f"made-up-{number}", "complete", "me")
+    metrics.request("claude-x", "complete", "me")
+    assert len(models(metrics)) == STRANGERS + 2
+    assert models(metrics) >= {"other", "claude-x", f"made-up-{STRANGERS - 1}"}
+    name = "aiproxy_requests_total"
+    assert figure(metrics, name, model="other", outcome="complete", client="me") == 1000 - STRANGERS
+
+
+@pytest.mark.parametrize("model", ["x" * 101, "x\ud800"])
+def test_what_cannot_be_a_models_name_is_never_shown(model):
+    metrics = Metrics()
+    metrics.request(model, "complete", None)
+    assert models(metrics) == {"other"}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_characters_in_names_do_not_break_the_exposition(name):
+    metrics = Metrics()
+    metrics.request(name, "complete", name)
+    metrics.attempt(name, "answered", 0.1)
+    metrics.answer(name, 1.0, USED)
+    metrics.circuits({name: "closed"})
+    labels = {"model": name, "outcome": "complete", "client": name}
+    assert figure(metrics, "aiproxy_requests_total", **labels) == 1
+    assert figure(metrics, "aiproxy_attempts_total", upstream=name, verdict="answered") == 1
+    assert figure(metrics, "aiproxy_tokens_total", upstream=name, kind="output") == 7
+    assert figure(metrics, "aiproxy_circuit_state", upstream=name, state="closed") == 1
+
+
+def test_a_configured_name_that_is_no_text_does_not_break_the_exposition():
+    metrics = Metrics()
+    metrics.know_models(["x\ud800"])
+    metrics.request("x\ud800", "complete", "y\ud800")
+    metrics.attempt("z\ud800", "answered", 1.0)
+    metrics.answer("z\ud800", 1.0, USED)
+    metrics.circuits({"z\ud800": "closed"})
+    labels = {"model": "x?", "outcome": "complete", "client": "y?"}
+    assert figure(metrics, "aiproxy_requests_total", **labels) == 1
+    assert figure(metrics, "aiproxy_circuit_state", upstream="z?", state="closed") == 1
+
+
+def test_applications_in_one_process_count_for_themselves():
+    first, second = busy(Metrics()), Metrics()
+    labels = {"model": "claude-x", "outcome": "complete", "client": "me"}
+    assert figure(first, "aiproxy_requests_total", **labels) == 1
+    assert figure(second, "aiproxy_requests_total", **labels) is None
+
+
+def test_threads_lose_no_count():
+    metrics = Metrics()
+    metrics.know_models(["claude-x"])
+
+    def count():
+        for _ in range(500):
+            metrics.request("claude-x", "complete", "me")
+            metrics.attempt("one", "answered", 1.0)
+            metrics.answer("one", 1.0, USED)
+
+    threads = [threading.Thread(target=count) for _ in range(8)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    labels = {"model": "claude-x", "outcome": "complete", "client": "me"}
+    assert figure(metrics, "aiproxy_requests_total", **labels) == 4000
+    assert figure(metrics, "aiproxy_first_byte_seconds_count", upstream="one") == 4000
+    assert figure(metrics, "aiproxy_tokens_total", upstream="one", kind="cache_read") == 44000
+
+
+def test_a_directory_that_prometheus_client_was_not_told_of_is_a_fault(tmp_path):
+    with pytest.raises(RuntimeError, match="PROMETHEUS_MULTIPROC_DIR"):
+        Metrics(str(tmp_path))
+
+
+def test_the_end_of_a_process_that_shares_nothing_is_no_matter(monkeypatch):
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    process_ended(1)
+
+
+# Several processes
+
+WORKER = """
+import os, sys
+from aiproxy.metrics import Metrics, process_ended
+from aiproxy.report import Report
+metrics = Metrics(os.environ["PROMETHEUS_MULTIPROC_DIR"])
+print(None, flush=True)
+for line in sys.stdin:
+    print(repr(eval(line)), flush=True)
+"""
+
+
+class Worker:
+    """A process of its own with a `metrics`, which does as it is told."""
+
+    def __init__(self, directory):
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", WORKER],
+            cwd=ROOT,
+            env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(directory)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def result(self):
+        return eval(self.process.stdout.readline())
+
+    def do(self, code):
+        self.process.stdin.write(f"{code}\n")
+        self.process.stdin.flush()
+        return self.result()
+
+    def exposition(self):
+        return self.do("metrics.exposition()")
+
+    def end(self):
+        self.process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture
+def worker(tmp_path):
+    """Starts processes that share a directory."""
+    started = []
+
+    def start(count=1):
+        new = [Worker(tmp_path) for _ in range(count)]
+        started.extend(new)
+        for each in new:
+            each.result()
+        return new
+
+    yield start
+    for each in started:
+        each.end()
+
+
+def test_processes_tell_their_sum_and_what_a_dead_one_counted(worker, tmp_path):
+    first, second = worker(2)
+    for each in (first, second):
+        each.do("metrics.know_models(['claude-x'])")
+        each.do("metrics.request('claude-x', 'complete', 'me')")
+        each.do("metrics.attempt('one', 'answered', 0.3)")
+        each.do("metrics.answer('one', 3.0, Report(input_tokens=5))")
+        each.do("metrics.stream_began()")
+        each.do("metrics.reloaded('applied')")
+    second.do("metrics.circuits({'one': 'open'})")
+    first.do("metrics.circuits({'one': 'closed', 'two': 'closed'})")
+    labels = {"model": "claude-x", "outcome": "complete", "client": "me"}
+    for each in (first, second):
+        assert figure(each, "aiproxy_requests_total", **labels) == 2
+        assert figure(each, "aiproxy_attempts_total", upstream="one", verdict="answered") == 2
+        assert figure(each, "aiproxy_first_byte_seconds_bucket", upstream="one", le="0.5") == 2
+        assert figure(each, "aiproxy_answer_seconds_count", upstream="one") == 2
+        assert figure(each, "aiproxy_tokens_total", upstream="one", kind="input") == 10
+        assert figure(each, "aiproxy_streams_in_flight") == 2
+        assert figure(each, "aiproxy_circuit_state", upstream="one", state="open") == 1
+        assert figure(each, "aiproxy_circuit_state", upstream="one", state="closed") == 1
+        assert figure(each, "aiproxy_reloads_total", result="applied") == 1
+    second.end()
+    first.do(f"process_ended({second.process.pid})")
+    assert figure(first, "aiproxy_streams_in_flight") == 1
+    assert figure(first, "aiproxy_circuit_state", upstream="one", state="open") == 0
+    assert figure(first, "aiproxy_requests_total", **labels) == 2
+    assert figure(first, "aiproxy_tokens_total", upstream="one", kind="input") == 10
+    # A file that another process is just creating.
+    (tmp_path / "counter_1.db").touch()
+    assert figure(first, "aiproxy_requests_total", **labels) == 2
+
+
+def test_a_process_that_starts_later_goes_on_where_the_others_are(worker):
+    (first,) = worker()
+    first.do("[metrics.reloaded('applied') for _ in range(3)]")
+    first.do(f"[metrics.request(f'made-up-{{n}}', 'complete', None) for n in range({STRANGERS})]")
+    (second,) = worker()
+    first.end()
+    second.do(f"process_ended({first.process.pid})")
+    second.do("metrics.reloaded('applied')")
+    assert figure(second, "aiproxy_reloads_total", result="applied") == 4
+    second.do("metrics.request('one-more', 'complete', None)")
+    assert len(models(second)) == STRANGERS + 1
+    assert "other" in models(second)
+
+
+def test_an_upstream_vanishes_when_the_last_process_forgot_it(worker):
+    first, second = worker(2)
+    for each in (first, second):
+        each.do("metrics.circuits({'one': 'closed', 'two': 'open'})")
+    first.do("metrics.circuits({'one': 'closed'})")
+    assert figure(second, "aiproxy_circuit_state", upstream="two", state="open") == 1
+    second.do("metrics.circuits({'one': 'closed'})")
+    for each in (first, second):
+        assert labels_of(each, "aiproxy_circuit_state", "upstream") == {"one"}
+        assert figure(each, "aiproxy_circuit_state", upstream="one", state="closed") == 2
+
+
+def test_odd_characters_cross_processes(worker):
+    first, second = worker(2)
+    first.do(f"[metrics.request(name, 'complete', name) for name in {ODD!r}]")
+    assert models(second) == set(ODD)
+
+
+# What deploy/ makes of the figures
+
+#: Labels that Prometheus itself adds or that mark a histogram's buckets.
+ADDED = {"instance", "job", "le"}
+
+
+def dashboard():
+    return json.loads((ROOT / "deploy/grafana-dashboard.json").read_text())
+
+
+def alerts():
+    (group,) = yaml.safe_load((ROOT / "deploy/alerts.yaml").read_text())["groups"]
+    return group["rules"]
+
+
+def queries():
+    """Every expression, and beside it the labels that texts about its result use."""
+    for panel in dashboard()["panels"]:
+        for target in panel["targets"]:
+            yield target["expr"], set(re.findall(r"{{\s*(\w+)\s*}}", target["legendFormat"]))
+    for rule in alerts():
+        yield rule["expr"], set(re.findall(r"\$labels\.(\w+)", " ".join(rule["annotations"].values())))
+
+
+def shown_labels():
+    """Metric name to its labels and their values, after some traffic."""
+    metrics = busy(Metrics())
+    for outcome in ("error", "error_event", "broken", "silent", "refused"):
+        metrics.request("claude-x", outcome, None)
+    found = {}
+    for name, labels in parsed(metrics.exposition()[0]):
+        for label, value in labels:
+            found.setdefault(name, {}).setdefault(label, set()).add(value)
+        found.setdefault(name, {})
+    return found
+
+
+def test_dashboard_and_alerts_ask_for_what_there_is():
+    shown = shown_labels()
+    for expression, told in queries():
+        names = set(re.findall(r"\baiproxy_\w+", expression))
+        assert names
+        assert names <= shown.keys()
+        known = ADDED.union(*(shown[name] for name in names))
+        grouped = re.findall(r"\bby \(([^)]*)\)", expression)
+        used = {label.strip() for labels in grouped for label in labels.split(",")}
+        assert used <= known
+        # What an aggregation leaves is all that a legend can tell.
+        assert told <= used
+
+
+def test_dashboard_and_alerts_select_by_values_that_occur():
+    shown = shown_labels()
+    selections = 0
+    for expression, _ in queries():
+        for name, selectors in re.findall(r"\b(aiproxy_\w+)\{([^}]*)\}", expression):
+            for label, value in re.findall(r'(\w+)\s*(?:=~|!=|=)\s*"([^"]*)"', selectors):
+                assert set(value.split("|")) <= shown[name][label]
+                selections += 1
+    assert selections > 10
+
+
+def test_every_figure_is_on_the_dashboard():
+    asked = " ".join(target["expr"] for panel in dashboard()["panels"] for target in panel["targets"])
+    families = re.findall(r"# TYPE (\S+)", Metrics().exposition()[0].decode())
+    assert [name for name in families if name not in asked] == []
+
+
+def test_the_dashboard_can_be_imported_anywhere():
+    board = dashboard()
+    (variable,) = board["templating"]["list"]
+    assert (variable["type"], variable["query"]) == ("datasource", "prometheus")
+    sources = [part["datasource"] for panel in board["panels"] for part in (panel, *panel["targets"])]
+    assert all(source == {"type": "prometheus", "uid": f"${{{variable['name']}}}"} for source in sources)
+    assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
+    assert "id" not in board
+
+
+def test_each_alert_says_what_to_do():
+    assert len(alerts()) == 3
+    for rule in alerts():
+        assert re.fullmatch(r"[1-9]\d*m", rule["for"])
+        assert rule["labels"]["severity"] in ("warning", "critical")
+        assert rule["annotations"]["summary"]
+        assert len(rule["annotations"]["description"]) > 100
