@@ -22,7 +22,8 @@ from typing import Protocol
 
 from . import logs
 
-#: Seconds before a stopping worker's end at which the requests that are left are ended.
+#: Seconds before a stopping worker's end at which the requests that are left are ended; half of its
+#: time where that is less.
 LAST_SECONDS = 2.0
 
 
@@ -173,7 +174,8 @@ class Watcher:
         Shortly before, the requests that are left are ended properly.
         """
         with self._lock:
-            self._ends = time.monotonic() + max(0.0, graceful_timeout - LAST_SECONDS)
+            left = min(LAST_SECONDS, graceful_timeout / 2)
+            self._ends = time.monotonic() + graceful_timeout - left
             self._start()
             self._wake_by(self._ends)
 
