@@ -4,9 +4,9 @@
 nginx.conf may be: compression on for everything, and timeouts that are nginx's defaults.
 """
 
-import getpass
 import grp
 import os
+import pwd
 import re
 import shutil
 import socket
@@ -63,7 +63,9 @@ class Front:
         (folder / "aiproxy").write_text(_scaled(self._put_in_place(instances), scale))
         defaults = _scaled(" ".join(f"{name} 60s;" for name in _DEFAULTS.split()), scale)
         group = grp.getgrgid(os.getgid()).gr_name
-        main = _MAIN.format(folder=folder, defaults=defaults, user=getpass.getuser(), group=group)
+        main = _MAIN.format(
+            folder=folder, defaults=defaults, user=pwd.getpwuid(os.getuid()).pw_name, group=group
+        )
         (folder / "nginx.conf").write_text(main)
 
     def _put_in_place(self, instances: tuple[int, int]) -> str:

@@ -374,7 +374,9 @@ def analyzed(*arguments):
 @needs_systemd
 def test_systemd_finds_no_fault_in_the_unit(unit):
     ran = analyzed("verify", "--man=no", str(unit))
-    assert (ran.returncode, ran.stdout + ran.stderr) == (0, "")
+    # It may have something to say about the machine's own units.
+    said = [line for line in (ran.stdout + ran.stderr).splitlines() if "aiproxy" in line]
+    assert (ran.returncode, said) == (0, [])
 
 
 @needs_systemd

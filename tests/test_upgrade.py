@@ -20,13 +20,13 @@ from fakes import Ended, FakeUpstream, RawClient, events, free_port, message_eve
 from front import Front, needs_nginx
 
 ASK = {"model": "claude-x", "max_tokens": 9, "messages": [{"role": "user", "content": "Hi"}]}
-WORDS = message_events(["word "] * 16)
+WORDS = message_events(["word "] * 8)
 STREAMS = 20
 EVERY = 0.02  # seconds from one request to the next
 CLOSE = ("connection", "close")
 BOOTING = "Booting worker with pid: "
 
-_streamed = events(WORDS, gap=0.05)  # a second
+_streamed = events(WORDS, gap=0.06)  # about a second
 _answered = whole(200, b'{"type":"message","content":[]}')
 
 
@@ -36,7 +36,7 @@ def reply(wire, seen):
 
 @pytest.fixture
 def config(tmp_path):
-    """The configuration of a service whose one upstream streams for a second."""
+    """The configuration of a service whose one upstream streams for about a second."""
     with FakeUpstream(default=reply) as fake:
         path = tmp_path / "config.yaml"
         path.write_text(
