@@ -15,7 +15,7 @@ import msgspec
 from . import logs, sse
 from .balancer import Choice
 from .body import Body, members, text
-from .breaker import Outcome
+from .breaker import Outcome, Pass
 from .collect import Collector, Malformed
 from .config import Timeouts
 from .errors import STATUS_OF_TYPE
@@ -102,6 +102,11 @@ class Attempt:
         self._began = time.monotonic()
         self._call: Call | None = None
         self._deadlines: list[Deadline] = []
+
+    @property
+    def is_last_resort(self) -> bool:
+        """Whether its failure changes nothing."""
+        return self._choice.kind is Pass.LAST_RESORT
 
     def run(self) -> Answer | Failure:
         """Ask the upstream, up to the commit point. A failure's permit is still to be settled."""

@@ -11,6 +11,7 @@ from .course import Course, Reply
 from .errors import ApiError
 from .headers import value_of
 from .journal import Journal
+from .relay import Relay
 from .threads import Owners, continued_message
 from .upstream import Upstream
 
@@ -85,7 +86,7 @@ class Forwarder:
                 choice.settle(Outcome.UNDECIDED)
                 raise
             if isinstance(outcome, Answer):
-                return course.answered(attempt, outcome, cut)
+                return _committed(course, attempt, outcome, cut)
             if not course.goes_on:
                 break
         return None
@@ -109,6 +110,15 @@ class Forwarder:
         """In an order that spreads requests by weight without a cursor, those with an open circuit last."""
         ranked = rank(upstreams, self._affinity_key(request) or request.id)
         return map(Choice, sorted(ranked, key=lambda upstream: not upstream.breaker.usable()))
+
+
+def _committed(course: Course, attempt: Attempt, answer: Answer, cut: Cut) -> Reply:
+    try:
+        return course.answered(attempt, answer, cut)
+    except BaseException:  # a bug of ours: nobody else would end the upstream's stream
+        if isinstance(answer.body, Relay):
+            answer.body.close()
+        raise
 
 
 def _not_draining(upstreams: Iterable[Upstream]) -> list[Upstream]:

@@ -10,7 +10,7 @@ from .attempt import Attempt, Failure, Request
 from .errors import ApiError
 from .logs import Redactor
 from .metrics import Metrics
-from .policy import Rule
+from .policy import Charge, Rule
 from .relay import End
 from .report import Report
 from .upstream import MESSAGES
@@ -30,7 +30,9 @@ class Journal:
         self, request: Request, attempt: Attempt, number: int, failure: Failure | None, rule: Rule | None
     ) -> None:
         """An attempt came to its commit point, or failed before it: then with the rule that applies."""
-        verdict = "answered" if rule is None else rule.charge.value
+        verdict = "answered"
+        if rule is not None:
+            verdict = (Charge.NOTHING if attempt.is_last_resort else rule.charge).value
         error = failure.body[:_ERROR_READ].decode(errors="replace") if failure and failure.body else None
         self.redactor.line(
             logging.INFO if failure is None else logging.WARNING,

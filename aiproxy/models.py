@@ -17,9 +17,7 @@ class Models:
 
     def __init__(self, upstreams: Iterable[UpstreamSettings]) -> None:
         """`upstreams`: the enabled ones."""
-        names = [
-            name for each in upstreams for name in (*sorted(each.available_models), *each.model_mappings)
-        ]
+        names = [name for each in upstreams for name in sorted(each.available_models) or each.model_mappings]
         self.names = list(dict.fromkeys(names))
 
     @property

@@ -33,6 +33,7 @@ class Upload:
         self._declared = int(declared) if declared.isdigit() else None
         self._is_empty = not self._declared and "HTTP_TRANSFER_ENCODING" not in environ
         self._spoilt = False
+        self._is_restarting = False
         self._is_last = environ.get("SERVER_PROTOCOL") == "HTTP/1.0" or (
             "close" in environ.get("HTTP_CONNECTION", "").lower()
         )
@@ -40,7 +41,8 @@ class Upload:
     def read(self, limit: int) -> bytes:
         """The whole body.
 
-        Raises `ApiError`: 413 over `limit` bytes, 408 if it falls silent, 400 if it breaks off.
+        Raises `ApiError`: 413 over `limit` bytes, 408 if it falls silent, 400 if it breaks off, 529 where
+        a restart breaks it off.
         """
         if self._declared is not None and self._declared > limit:
             raise _too_large(limit)
@@ -52,8 +54,7 @@ class Upload:
                 raise _too_large(limit)
             pieces.append(piece)
         if self._declared is not None and total < self._declared:
-            self._spoilt = True
-            raise ApiError(400, "invalid_request_error", "The request body ended early.")
+            raise self._broken_off("The request body ended early.")
         return b"".join(pieces)
 
     def drop(self) -> None:
@@ -85,6 +86,7 @@ class Upload:
 
     def abort(self, reason: Reason) -> None:
         """End the upload: from here on it reads as ended, and the answer can still be sent."""
+        self._is_restarting |= reason is Reason.RESTART
         if self._client is not None:
             with contextlib.suppress(OSError):
                 socket.socket.shutdown(self._client, socket.SHUT_RD)
@@ -106,8 +108,13 @@ class Upload:
                 408, "timeout_error", f"The request body was silent for {SILENCE:.0f} seconds."
             ) from None
         except Exception:  # gunicorn's many errors for bodies that break off or are badly chunked
-            self._spoilt = True
-            raise ApiError(400, "invalid_request_error", "The request body could not be read.") from None
+            raise self._broken_off("The request body could not be read.") from None
+
+    def _broken_off(self, message: str) -> ApiError:
+        self._spoilt = True
+        if self._is_restarting:
+            return ApiError(529, "overloaded_error", "aiproxy is restarting.")
+        return ApiError(400, "invalid_request_error", message)
 
     def _read(self, size: int, seconds: float) -> bytes:
         """`size` bytes, or what comes before the end; each wait for bytes lasts at most `seconds`."""

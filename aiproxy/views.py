@@ -61,7 +61,8 @@ class Visit:
         self._client: Client | None = None
 
     def watch(self, client: socket.socket | None) -> None:
-        """From now on the client's leaving ends the request's calls."""
+        """From now on the client's leaving, or a restart, ends the request: its upload, then its calls."""
+        self.scope.enter(self._upload)
         if client is not None:
             self._client = self._watcher.client(client, self.scope)
 
@@ -180,12 +181,11 @@ def _forwarded(doors: Doors, forward: Forward, path: str | None = None) -> flask
     visit = Visit(slot, doors.watcher, flask.g.upload)
     try:
         client = _check_key(doors.keys)
+        visit.watch(flask.request.environ.get("gunicorn.socket"))
         request = _request(doors, client, visit.scope, began)
         if path is not None:
             request = msgspec.structs.replace(request, path=path)
-        visit.watch(flask.request.environ.get("gunicorn.socket"))
-        reply = forward(request, _cutter())
-        return _response(reply.status, reply.headers, visit.see_out(reply.body))
+        return _answer(forward(request, _cutter()), visit)
     except ApiError as error:
         try:
             return _refusal(error)  # in its place in flight: what reads a body away takes a thread
@@ -193,6 +193,16 @@ def _forwarded(doors: Doors, forward: Forward, path: str | None = None) -> flask
             visit.leave()
     except BaseException:
         visit.leave()
+        raise
+
+
+def _answer(reply: Reply, visit: Visit) -> flask.Response:
+    """The response, which from now on owns the attempt, if there is one."""
+    try:
+        return _response(reply.status, reply.headers, visit.see_out(reply.body))
+    except BaseException:  # a bug of ours: nobody else would end the upstream's stream
+        if isinstance(reply.body, Relay):
+            reply.body.close()
         raise
 
 

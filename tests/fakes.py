@@ -1054,6 +1054,12 @@ class RawClient:
         """Send literal bytes."""
         self.sock.sendall(data)
 
+    def begin_upload(self, head: str, length: int) -> None:
+        """Send a head (without the last blank line), and wait until the server asks for the body."""
+        self.send(f"{head}expect: 100-continue\r\ncontent-length: {length}\r\n\r\n".encode())
+        if not select.select([self.sock], [], [], self.sock.gettimeout())[0]:
+            raise AssertionError("the server asks for no body")
+
     def request(
         self,
         method: str,

@@ -76,3 +76,14 @@ def test_who_waits_to_be_accepted_when_it_stops_is_still_answered(upstream, serv
         os.kill(worker, signal.SIGCONT)
         assert [client.read().status for client in clients] == [200] * 8
     assert served.wait_exit() == 0
+
+
+def test_an_upload_that_stalls_until_the_end_is_told_of_the_restart(upstream, serve, config_of):
+    a = upstream()
+    served = serve(config_of([a]), gunicorn_args=["--graceful-timeout", "3"])
+    with RawClient.to(served.url, timeout=10) as client:
+        client.begin_upload("POST /v1/messages HTTP/1.1\r\nhost: x\r\n", 1000)
+        stop(served)
+        got = client.read()
+    assert (got.status, got.json()["error"]["type"]) == (529, "overloaded_error")
+    assert (served.wait_exit(), len(a.seen)) == (0, 0)
