@@ -34,9 +34,9 @@ class Upload:
         self._is_empty = not self._declared and "HTTP_TRANSFER_ENCODING" not in environ
         self._spoilt = False
         self._is_restarting = False
-        self._is_last = environ.get("SERVER_PROTOCOL") == "HTTP/1.0" or (
-            "close" in environ.get("HTTP_CONNECTION", "").lower()
-        )
+        connection = environ.get("HTTP_CONNECTION", "").lower()
+        is_old = environ.get("SERVER_PROTOCOL") == "HTTP/1.0"
+        self._is_last = "close" in connection or (is_old and "keep-alive" not in connection)
 
     def read(self, limit: int) -> bytes:
         """The whole body.

@@ -619,3 +619,11 @@ def test_many_refusals_on_one_connection_leave_it_usable(client, a):
 def test_none_of_this_was_a_bug_or_left_a_traceback(proxy):
     told = [*proxy.stdout_lines(), *proxy.stderr.splitlines()]
     assert [line for line in told if "Traceback" in line or " ERROR " in line or "[ERROR]" in line] == []
+
+
+def test_an_old_client_that_keeps_its_connection_is_answered_on_it_again(client, a):
+    head = HEAD.replace("HTTP/1.1", "HTTP/1.0") + "connection: keep-alive\r\n"
+    for _ in range(3):
+        client.send(f"{head}content-length: {len(SPELT)}\r\n\r\n".encode() + SPELT)
+        assert client.read().status == 200
+    assert len(a.seen) == 3
