@@ -1,11 +1,15 @@
 """gunicorn's settings for aiproxy. The command line and GUNICORN_CMD_ARGS win over this file."""
 
 import json
+import logging
 import os
 import shlex
 import signal
 import sys
 
+from gunicorn.glogging import Logger
+
+from aiproxy import logs
 from aiproxy.config import ConfigError, is_loopback, load, path_from
 
 try:
@@ -13,6 +17,17 @@ try:
     _config = load(path_from(os.environ))
 except ConfigError as error:
     sys.exit(str(error))
+
+logs.configure(_config.logging)
+
+
+class ServerLog(Logger):
+    """gunicorn's own log, which follows ours into a file and into JSON; set up anew at each reload."""
+
+    def setup(self, cfg):
+        super().setup(cfg)
+        logs.adopt(self.error_log)
+
 
 bind = _config.address
 worker_class = "gthread"
@@ -23,6 +38,8 @@ timeout = 60  # seconds without a sign of life of the worker's main thread; no b
 graceful_timeout = 600  # a running stream may end
 keepalive = 75  # longer than nginx's 60 and the SDKs' 5, so that they close first
 control_socket_disable = True
+logger_class = ServerLog
+accesslog = None  # aiproxy's own lines say more: upstream, attempts, tokens, how a stream ended
 
 
 def on_starting(server):
@@ -54,17 +71,24 @@ def when_ready(server):
         listener.sock.getsockname() for listener in server.LISTENERS if hasattr(listener, "sock")
     )
     for warning in _config.warnings:
-        print(f"warning: {warning}", flush=True)
+        _say(warning, logging.WARNING)
     if not _config.may_serve_strangers:
-        print("warning: no api_keys are set: every user of this machine is served", flush=True)
+        _say("no api_keys are set: every user of this machine is served", logging.WARNING)
     if _config.is_demo:
-        print(
+        _say(
             "*** This is the demo: its upstreams answer in process, no account is used. "
-            "Copy config.example.yaml to config.yaml and put in your own. ***",
-            flush=True,
+            "Copy config.example.yaml to config.yaml and put in your own. ***"
         )
     address = str(server.LISTENERS[0])
-    print(f"aiproxy serves {address} - try: {_example(address)}", flush=True)
+    _say(f"aiproxy serves {address} - try: {_example(address)}")
+
+
+def _say(text, level=logging.INFO):
+    """Printed as it stands for whoever reads along; a line of the log where that is a file or JSON."""
+    if not _config.logging.is_plain:
+        logs.line(level, "start", message=text)
+    else:
+        print(f"warning: {text}" if level == logging.WARNING else text, flush=True)
 
 
 def _example(address):

@@ -49,18 +49,18 @@ def create_app(config: Config, clock: Callable[[], float] = time.monotonic) -> f
 
     `app.extensions["aiproxy"]` is its `Service`, which wants to be told which worker serves it.
     """
-    logs.configure(config.logging.level)
+    logs.configure(config.logging)
     enabled = [settings for settings in config.upstreams if settings.enabled]
     upstreams = [
         Upstream(settings, Breaker(config.breaker.failures, config.breaker.cooldown, clock))
         for settings in enabled
     ]
     watcher = Watcher(patience=config.timeouts.idle)
-    tools = Tools(Transport(watcher, config.timeouts.connect), watcher, config.timeouts)
     redactor = logs.Redactor(
         tokens=[each.token for each in config.upstreams] + _header_secrets(config),
         keys=[each.key for each in config.api_keys],
     )
+    tools = Tools(Transport(watcher, config.timeouts.connect), watcher, config.timeouts, redactor)
     gate = Gate(config.max_in_flight)
     gate.serve_with(DEFAULT_THREADS)
     doors = Doors(
