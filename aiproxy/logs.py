@@ -37,6 +37,7 @@ FIELD = 500
 #: Seconds between two complaints that the log cannot be written.
 COMPLAINT = 60.0
 
+_JSON = json.JSONEncoder(ensure_ascii=False, default=str)
 _PLAIN = re.compile(r"[A-Za-z0-9_.~-]+")
 _BARE = re.compile(r"[A-Za-z0-9_./:@+-]+")
 # What a terminal or a log viewer may take for a line's end or for a command.
@@ -264,7 +265,7 @@ def _as_json(record: logging.LogRecord) -> str:
     shown.update((name, _json_value(value)) for name, value in fields.items())
     if record.exc_info:
         shown["traceback"] = _traceback_of(record)
-    return _UNSAFE.sub(_as_json_escape, json.dumps(shown, ensure_ascii=False, default=str))
+    return _UNSAFE.sub(_as_json_escape, _JSON.encode(shown))
 
 
 def _json_value(value: Any) -> Any:
@@ -285,7 +286,7 @@ def _written(value: Value) -> str:
     text = str(value)
     if _BARE.fullmatch(text):
         return text
-    return _UNSAFE.sub(_as_escape, json.dumps(text, ensure_ascii=False))
+    return _UNSAFE.sub(_as_escape, _JSON.encode(text))
 
 
 def _as_escape(found: re.Match[str]) -> str:
