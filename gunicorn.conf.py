@@ -1,5 +1,6 @@
 """gunicorn's settings for aiproxy. The command line and GUNICORN_CMD_ARGS win over this file."""
 
+import contextlib
 import json
 import logging
 import os
@@ -43,8 +44,11 @@ accesslog = None  # aiproxy's own lines say more: upstream, attempts, tokens, ho
 
 
 def on_starting(server):
-    """Before any port is opened: the command line may bind another address than the configuration."""
+    """Before any port is opened: the command line may set another address or user than expected."""
     _check_addresses(address for address in server.address if isinstance(address, tuple))
+    if _config.logging.file and server.cfg.uid != os.geteuid():
+        with contextlib.suppress(OSError):  # a device, say
+            os.chown(_config.logging.file, server.cfg.uid, server.cfg.gid)
 
 
 def _check_addresses(addresses):

@@ -305,6 +305,27 @@ def test_long_lines_of_several_processes_stay_whole_while_the_file_is_renamed(tm
     assert sorted(numbers(*tmp_path.iterdir())) == list(range(each * len(writers)))
 
 
+# ------------------------------------------------------------------------------------ a server's own log
+
+
+@pytest.mark.parametrize("settings", [{"format": "json"}, {"file": "/dev/null"}], ids=["json", "file"])
+def test_a_server_s_lines_leave_standard_error_for_a_file_or_json_alone_and_may_come_back(settings):
+    server = logging.Logger("gunicorn.error")
+    theirs, elsewhere = logging.StreamHandler(), logging.NullHandler()
+    server.handlers[:] = [theirs, elsewhere]
+    logs.configure(LoggingSettings())
+    logs.adopt(server)
+    assert server.handlers == [theirs, elsewhere]
+    logs.configure(LoggingSettings(**settings))
+    for _ in range(2):
+        logs.adopt(server)
+        assert server.handlers == [elsewhere, *logging.getLogger("aiproxy").handlers]
+    server.addHandler(theirs)  # as gunicorn does at a reload
+    logs.configure(LoggingSettings())
+    logs.adopt(server)
+    assert server.handlers == [elsewhere, theirs]
+
+
 # ------------------------------------------------------------------------------------- a real gunicorn
 
 
