@@ -79,6 +79,7 @@ class Tools(msgspec.Struct, frozen=True):
     transport: Transport
     watcher: Watcher
     timeouts: Timeouts
+    redactor: logs.Redactor
 
 
 class Attempt:
@@ -137,6 +138,7 @@ class Attempt:
         self.first_byte = time.monotonic() - self._began
         self.status = call.status
         self.upstream_request_id = value_of(call.headers, "request-id")
+        self._log_headers("upstream_answer", call.headers)
         if call.status >= 400:
             return self._error(call.status, _read(call, ERROR_LIMIT), call.headers)
         if not 200 <= call.status < 300:
@@ -155,6 +157,7 @@ class Attempt:
         settings = self.upstream.settings
         url = self.upstream.url(self._request.path, self._request.query)
         outgoing = Outgoing(self._request.method, url, headers, body, settings.proxy, settings.ca_bundle)
+        self._log_headers("upstream_request", headers)
         for fresh in (False, True):
             call = self._call = self._tools.transport.call(fresh)
             self._request.scope.enter(call)
@@ -169,6 +172,11 @@ class Attempt:
             else:
                 return call
         raise AssertionError("a fresh connection is never stale")
+
+    def _log_headers(self, of: str, headers: Pairs) -> None:
+        self._tools.redactor.headers(
+            headers, self._request.secrets, id=self._request.id, of=of, upstream=self.upstream.name
+        )
 
     def _set_deadlines(self, call: Call) -> None:
         """Totals from the attempt's start: a stream's to its commit point, a whole answer's to its end.

@@ -45,10 +45,20 @@ class BreakerSettings(msgspec.Struct, frozen=True):
 
 
 class LoggingSettings(msgspec.Struct, frozen=True):
-    """The lowest level that is logged, in lower case; how many characters of a prompt (0: none)."""
+    """The lowest level that is logged, in lower case; how many characters of a prompt (0: none).
+
+    `format` is text or json; `file` is an absolute path, None for standard output.
+    """
 
     level: str = "info"
     prompt_preview: int = 100
+    format: str = "text"
+    file: str | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the log is text on standard output, as a terminal wants it."""
+        return self.format == "text" and self.file is None
 
 
 class ClientKey(msgspec.Struct, frozen=True):
@@ -809,6 +819,21 @@ def _header_value(value: _Value) -> str:
     return text
 
 
+def _log_file(value: _Value) -> str:
+    """The absolute path of a file that can be written, or made; it is not made yet."""
+    text = value.text()
+    if not text or not text.isprintable():
+        value.refuse("the path of a file")
+    path = Path(os.path.abspath(value.file.directory / text))
+    if path.is_dir():
+        raise _Fault(f"is {value.shown()}, a directory, expected the path of a file")
+    if not path.parent.is_dir():
+        raise _Fault(f"is {value.shown()}, in a directory that does not exist, expected one that does")
+    if not (os.access(path, os.W_OK) if path.exists() else os.access(path.parent, os.W_OK | os.X_OK)):
+        raise _Fault(f"is {value.shown()}, which cannot be written, expected a file that can")
+    return str(path)
+
+
 def _client_key(value: _Value) -> ClientKey:
     """A key alone, or `{name, key}`; one without a name is called after its place."""
     if not value.is_mapping:
@@ -916,6 +941,8 @@ _BREAKER = {"failures": _whole("a whole number, 1 or more", 1), "cooldown": _zer
 _LOGGING: dict[str, Callable[[_Value], Any]] = {
     "level": _one_of("debug", "info", "warning", "error"),
     "prompt_preview": _whole("a whole number, 0 or more", 0),
+    "format": _one_of("text", "json"),
+    "file": _log_file,
 }
 
 _CONFIG: dict[str, Callable[[_Value], Any]] = {

@@ -1,17 +1,24 @@
-"""Log lines: key=value text on standard output, without a secret and without forged lines.
+"""Log lines: key=value text or JSON, without a secret and without forged lines.
 
 What is said where: one line when a request arrives, one an attempt, one when the request is done, one
-when a circuit changes. The request's id joins them.
+when a circuit changes. The request's id joins them. A record carries its event and its fields; the one
+handler spells them and writes them to standard output or to a file.
 """
 
+import contextlib
 import io
 import json
 import logging
+import math
 import re
 import sys
 import time
+import traceback
 from collections.abc import Iterable
 from typing import Any
+
+from .config import LoggingSettings
+from .logfile import LogFile
 
 Value = str | int | float | bool | None
 
@@ -20,9 +27,17 @@ _REDACTED = "[redacted]"
 
 # Keys of the usual forms, also those of other people that a prompt may hold.
 _KEY_FORMS = re.compile(r"\bsk-[A-Za-z0-9_-]{6,}|(?i:\bbearer\s+)[A-Za-z0-9._~+/=-]{16,}")
-#: Characters of one field at most.
+# Headers whose value is, or may well be, a credential; rate limits are counted in `tokens`.
+_SECRET_HEADER = re.compile(
+    r"authorization|cookie|(?:^|[-_])(?:[a-z]*key|token|secret|password|auth|jwt|credentials?|signature)(?:$|[-_])",
+    re.IGNORECASE,
+)
+#: Characters of one field at most, and of one header.
 FIELD = 500
+#: Seconds between two complaints that the log cannot be written.
+COMPLAINT = 60.0
 
+_JSON = json.JSONEncoder(ensure_ascii=False, default=str)
 _PLAIN = re.compile(r"[A-Za-z0-9_.~-]+")
 _BARE = re.compile(r"[A-Za-z0-9_./:@+-]+")
 # What a terminal or a log viewer may take for a line's end or for a command.
@@ -60,15 +75,24 @@ class Redactor:
         return (shown[:-longest] if is_cut else shown)[:limit]
 
     def line(self, level: int, event: str, secrets: Iterable[str], **fields: Value) -> None:
-        """As `line`, for fields that strangers had a part in; a `prompt` is redacted and cut already."""
+        """As `line`, where strangers had a part; `prompt` and `headers` have been redacted and cut."""
         if _LOGGER.isEnabledFor(level):
             shown = {
                 name: self.text(value, FIELD, secrets)
-                if isinstance(value, str) and name != "prompt"
+                if isinstance(value, str) and name not in ("prompt", "headers")
                 else value
                 for name, value in fields.items()
             }
             line(level, event, **shown)
+
+    def headers(self, pairs: Iterable[tuple[str, str]], secrets: Iterable[str], **fields: Value) -> None:
+        """At debug level a line with all headers, those that are credentials redacted."""
+        if _LOGGER.isEnabledFor(logging.DEBUG):
+            shown = [
+                self.text(f"{name}: {_REDACTED if _SECRET_HEADER.search(name) else value}", FIELD, secrets)
+                for name, value in pairs
+            ]
+            self.line(logging.DEBUG, "headers", secrets, **fields, headers="\n".join(shown))
 
     def answer(self, body: bytes) -> bytes:
         """An upstream's error as the client may see it: the same bytes, less the upstream's own token."""
@@ -103,8 +127,7 @@ def _escaped_or_not(sign: str) -> str:
 def line(level: int, event: str, **fields: Value) -> None:
     """Write one line; fields that are None are left out. Values cannot break out of their place."""
     if _LOGGER.isEnabledFor(level):
-        parts = [f"{name}={_written(value)}" for name, value in fields.items() if value is not None]
-        _LOGGER.log(level, "%s", " ".join([event, *parts]))
+        _LOGGER.log(level, event, extra={"fields": fields})
 
 
 def circuit(upstream: str, state: str, seconds: float | None = None) -> None:
@@ -115,32 +138,144 @@ def circuit(upstream: str, state: str, seconds: float | None = None) -> None:
 
 def exception(event: str, **fields: Value) -> None:
     """Write one line and the traceback of the exception in hand: a bug of ours."""
-    parts = [f"{name}={_written(value)}" for name, value in fields.items() if value is not None]
-    _LOGGER.exception("%s", " ".join([event, *parts]))
+    _LOGGER.exception(event, extra={"fields": fields})
 
 
-def configure(level: str) -> None:
-    """Send this package's lines of at least `level` to standard output, and nowhere else."""
+def configure(settings: LoggingSettings) -> None:
+    """Send this package's lines where the settings say, and nowhere else.
+
+    May be called again at any time: no line that another thread writes meanwhile is lost or comes twice.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A prompt may hold what the terminal's encoding lacks; no line is worth losing for it.
         sys.stdout.reconfigure(errors="backslashreplace")
-    handler = logging.StreamHandler(sys.stdout)
-    formatter = _Formatter("%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
-    formatter.converter = time.gmtime
-    handler.setFormatter(formatter)
+    handler = _handler()
+    handler.direct(settings)
     _LOGGER.handlers[:] = [handler]
     _LOGGER.propagate = False
-    _LOGGER.setLevel(level.upper())
+    _LOGGER.setLevel(settings.level.upper())
     # It quotes odd answers at length, which may hold anything; what matters of them is in our own lines.
     logging.getLogger("urllib3").setLevel(logging.ERROR)
 
 
-class _Formatter(logging.Formatter):
-    """Keeps what an exception says of a prompt from forging a line."""
+def adopt(logger: logging.Logger) -> None:
+    """Send a server's own lines where ours go, instead of to standard error, if that is a file or JSON.
 
-    def formatException(self, ei: Any) -> str:
-        lines = super().formatException(ei).splitlines()
-        return "\n".join(f"  | {_CONTROL.sub(_as_escape, text)}" for text in lines)
+    What else it writes to stays; where ours are plain text on standard output, all of it stays.
+    """
+    handler = _handler()
+    others = [each for each in logger.handlers if each is not handler]
+    if handler.is_plain:
+        logger.handlers[:] = others
+    else:
+        logger.handlers[:] = [each for each in others if getattr(each, "stream", None) is not sys.stderr]
+        logger.addHandler(handler)
+
+
+def _handler() -> "_Handler":
+    """The one of this process."""
+    for handler in _LOGGER.handlers:
+        if isinstance(handler, _Handler):
+            return handler
+    return _Handler()
+
+
+class _Stdout:
+    """Standard output as it was when it was chosen."""
+
+    def __init__(self) -> None:
+        self._stream = sys.stdout
+
+    def write(self, line: str) -> None:
+        self._stream.write(line)
+        self._stream.flush()
+
+    def close(self) -> None:
+        """It is not ours to close."""
+
+
+class _Handler(logging.Handler):
+    """Spells each record and writes it; what cannot be written is told on standard error and dropped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._out: _Stdout | LogFile = _Stdout()
+        self._spell = _as_text
+        self._quiet_until = 0.0
+        self.is_plain = True
+
+    def direct(self, settings: LoggingSettings) -> None:
+        """From the next line on, write as the settings say."""
+        out = _Stdout() if settings.file is None else LogFile(settings.file)
+        self.acquire()
+        try:
+            self._out.close()
+            self._out = out
+            self._spell = _as_json if settings.format == "json" else _as_text
+            self._quiet_until = 0.0
+            self.is_plain = settings.is_plain
+        finally:
+            self.release()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Called under the handler's lock."""
+        try:
+            self._out.write(self._spell(record) + "\n")
+        except OSError as error:
+            self._complain(error)
+        except Exception:
+            self.handleError(record)
+
+    def _complain(self, error: OSError) -> None:
+        now = time.monotonic()
+        if now < self._quiet_until:
+            return
+        self._quiet_until = now + COMPLAINT
+        with contextlib.suppress(OSError, ValueError):  # it may be closed, or as full
+            print(f"cannot write the log: {error.strerror or error}", file=sys.stderr, flush=True)
+
+
+def _fields_of(record: logging.LogRecord) -> tuple[str, dict[str, Any]]:
+    """The event and its fields; of another package's record its name, its process and what it says."""
+    fields = getattr(record, "fields", None)
+    if fields is None:
+        return record.name.partition(".")[0], {"pid": record.process, "message": record.getMessage()}
+    return record.msg, {name: value for name, value in fields.items() if value is not None}
+
+
+def _time_of(record: logging.LogRecord) -> str:
+    """RFC 3339, in UTC."""
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(record.created))}.{int(record.msecs):03d}Z"
+
+
+def _as_text(record: logging.LogRecord) -> str:
+    event, fields = _fields_of(record)
+    pairs = [f"{name}={_written(value)}" for name, value in fields.items()]
+    text = " ".join([_time_of(record), record.levelname, event, *pairs])
+    if not record.exc_info:
+        return text
+    # What an exception says of a prompt must not forge a line.
+    lines = _traceback_of(record).splitlines()
+    return "\n".join([text, *(f"  | {_CONTROL.sub(_as_escape, each)}" for each in lines)])
+
+
+def _as_json(record: logging.LogRecord) -> str:
+    event, fields = _fields_of(record)
+    shown = {"time": _time_of(record), "level": record.levelname, "event": event}
+    shown.update((name, _json_value(value)) for name, value in fields.items())
+    if record.exc_info:
+        shown["traceback"] = _traceback_of(record)
+    return _UNSAFE.sub(_as_json_escape, _JSON.encode(shown))
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, 3) if math.isfinite(value) else str(value)
+    return value
+
+
+def _traceback_of(record: logging.LogRecord) -> str:
+    return "".join(traceback.format_exception(*record.exc_info or ())).rstrip("\n")
 
 
 def _written(value: Value) -> str:
@@ -151,8 +286,13 @@ def _written(value: Value) -> str:
     text = str(value)
     if _BARE.fullmatch(text):
         return text
-    return _UNSAFE.sub(_as_escape, json.dumps(text, ensure_ascii=False))
+    return _UNSAFE.sub(_as_escape, _JSON.encode(text))
 
 
 def _as_escape(found: re.Match[str]) -> str:
     return f"\\u{ord(found[0]):04x}"
+
+
+def _as_json_escape(found: re.Match[str]) -> str:
+    """Half a surrogate pair stands for no character, and strict readers refuse the line for it."""
+    return "\ufffd" if "\ud800" <= found[0] <= "\udfff" else _as_escape(found)

@@ -7,7 +7,7 @@ symbolic link are all the same. What taking a configuration up means is the serv
 import fcntl
 import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -50,7 +50,7 @@ class LastGood:
         self._descriptor = descriptor
 
     @classmethod
-    def create(cls, content: bytes, environ: dict[str, str]) -> None:
+    def create(cls, content: bytes, environ: MutableMapping[str, str]) -> None:
         """In gunicorn's master, before it forks workers: they inherit it, and find it by `environ`."""
         descriptor = os.memfd_create("aiproxy-config")
         environ[LAST_GOOD] = str(descriptor)

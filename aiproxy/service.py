@@ -144,7 +144,7 @@ class Service:
         self._transport.close()
 
     def _built(self, config: Config, staying: dict[str, Upstream], cursor: dict[str, int]) -> Doors:
-        logs.configure(config.logging.level)
+        logs.configure(config.logging)
         enabled = [settings for settings in config.upstreams if settings.enabled]
         upstreams = [
             Upstream(settings, self._breaker(config, staying.get(settings.name), settings))
@@ -153,7 +153,7 @@ class Service:
         balancer = Balancer(upstreams, cursor)
         journal = Journal(_redactor(config), self.metrics)
         self.metrics.know_models(Models(enabled).names)
-        tools = Tools(self._transport, self._watcher, config.timeouts)
+        tools = Tools(self._transport, self._watcher, config.timeouts, journal.redactor)
         return Doors(
             config=config,
             balancer=balancer,

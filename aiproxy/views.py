@@ -333,3 +333,4 @@ def _log_arrival(request: Request, redactor: logs.Redactor, limit: int) -> None:
         bytes=len(request.body.raw),
         prompt=preview if request.body.model else None,
     )
+    redactor.headers(request.headers, request.secrets, id=request.id, of="client")

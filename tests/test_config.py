@@ -105,7 +105,7 @@ def test_everything_but_the_upstreams_has_a_default(loader: Loader) -> None:
     assert (config.bind, config.port, config.max_body_mb, config.warnings) == ("127.0.0.1", 8080, 32, ())
     assert config.timeouts == Timeouts(connect=5, first_byte=120, answer=600, idle=120)
     assert config.breaker == BreakerSettings(failures=3, cooldown=1800)
-    assert config.logging == LoggingSettings(level="info", prompt_preview=100)
+    assert config.logging == LoggingSettings(level="info", prompt_preview=100, format="text", file=None)
 
 
 def test_an_upstream_has_defaults(loader: Loader) -> None:
@@ -133,7 +133,7 @@ def test_every_setting_is_read(loader: Loader) -> None:
         max_body_mb: 1.5
         timeouts: {connect: 0.5, first_byte: 1, answer: 2.5, idle: 3}
         breaker: {failures: 5, cooldown: 0}
-        logging: {level: DEBUG, prompt_preview: 0}
+        logging: {level: DEBUG, prompt_preview: 0, format: JSON, file: /dev/null}
         upstreams:
           - name: primary
             base_url: "https://api.example.com/claude/"
@@ -166,7 +166,7 @@ def test_every_setting_is_read(loader: Loader) -> None:
         max_body_mb=1.5,
         timeouts=Timeouts(connect=0.5, first_byte=1, answer=2.5, idle=3),
         breaker=BreakerSettings(failures=5, cooldown=0),
-        logging=LoggingSettings(level="debug", prompt_preview=0),
+        logging=LoggingSettings(level="debug", prompt_preview=0, format="json", file="/dev/null"),
         upstreams=(primary, spare),
     )
     assert config.max_body == 1_572_864
@@ -440,12 +440,15 @@ upstreams:
         (one_upstream("baseurl: x"), "upstreams[0].baseurl: is no setting, did you mean base_url?"),
         (
             "logging: {on: info}" + UPSTREAMS,
-            "logging.on: is no setting, expected one of level, prompt_preview",
+            "logging.on: is no setting, expected one of level, prompt_preview, format, file",
         ),
-        ('logging: {"": x}' + UPSTREAMS, 'logging."": is no setting, expected one of level, prompt_preview'),
+        (
+            'logging: {"": x}' + UPSTREAMS,
+            'logging."": is no setting, expected one of level, prompt_preview, format, file',
+        ),
         (
             'logging: {"a\\nb": x}' + UPSTREAMS,
-            "logging.a...: is no setting, expected one of level, prompt_preview",
+            "logging.a...: is no setting, expected one of level, prompt_preview, format, file",
         ),
         ('"<<": {}' + UPSTREAMS, "<<: is no setting, expected one of bind, listen, max_body_mb, "),
         ("listen: 1\n? [a]\n: b" + UPSTREAMS, "has a list for a key, expected text"),
@@ -768,6 +771,51 @@ def test_a_level_may_be_in_lower_or_upper_case(loader: Loader, level: str) -> No
 def test_there_are_no_other_levels(loader: Loader, level: str) -> None:
     fault = loader.fault(setting("logging.level", level))
     assert fault.endswith(", expected debug, info, warning or error")
+
+
+def test_a_log_file_s_path_is_absolute_or_relative_to_the_configuration_file(
+    loader: Loader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = loader.path.parent
+    (here / "logs").mkdir()
+    for written, path in [("a.log", here / "a.log"), ("logs/../b", here / "b"), (f"{here}/c", here / "c")]:
+        assert loader.settings(f"logging: {{file: {written}}}").logging.file == str(path)
+    monkeypatch.chdir(here)
+    loader.path.write_text("logging: {file: logs/a.log}" + UPSTREAMS)
+    assert load(Path(loader.path.name), {}).logging.file == str(here / "logs/a.log")
+
+
+def test_loading_makes_no_log_file(loader: Loader) -> None:
+    loader.settings("logging: {file: a.log}")
+    assert os.listdir(loader.path.parent) == [loader.path.name]
+
+
+@pytest.mark.parametrize(
+    ("file", "told"),
+    [
+        ("no/a.log", 'is "no/a.log", in a directory that does not exist, expected one that does'),
+        (".", 'is ".", a directory, expected the path of a file'),
+        ('""', 'is "", expected the path of a file'),
+        ('"a\\0b"', 'is "a\\u0000b", expected the path of a file'),
+        ("[a]", "is a list, expected text"),
+    ],
+)
+def test_a_log_file_that_cannot_be_written_is_a_fault(loader: Loader, file: str, told: str) -> None:
+    assert loader.fault(setting("logging.file", file)) == f"logging.file: {told}"
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_log_file_without_permission_is_a_fault(
+    loader: Loader, monkeypatch: pytest.MonkeyPatch, exists: bool
+) -> None:
+    log = loader.path.parent / "a.log"
+    if exists:
+        log.touch()
+    refused = log if exists else log.parent
+    # Root, whom tests may be run by, has every permission.
+    monkeypatch.setattr("os.access", lambda path, mode: not (path == refused and mode & os.W_OK))
+    told = 'logging.file: is "a.log", which cannot be written, expected a file that can'
+    assert loader.fault(setting("logging.file", "a.log")) == told
 
 
 def test_a_value_is_shown_on_one_line_and_in_full_only_when_it_is_short(loader: Loader) -> None:

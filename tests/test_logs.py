@@ -10,7 +10,9 @@ import re
 import sys
 import time
 import unicodedata
+from datetime import datetime
 
+import msgspec
 import pytest
 import yaml
 from conftest import ROOT, Served
@@ -50,7 +52,7 @@ TOKENS = {"input_tokens": 1200, "output_tokens": 34, "cache_read_tokens": 56000,
 
 FIELD = r'([a-z_]+)=([A-Za-z0-9_./:@+-]+|"(?:[^"\\]|\\.)*")'
 LINE = re.compile(
-    rf"(\d{{4}}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{{3}}Z) (INFO|WARNING|ERROR) ([a-z]+)((?: {FIELD})*)"
+    rf"(\d{{4}}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{{3}}Z) (DEBUG|INFO|WARNING|ERROR) ([a-z]+)((?: {FIELD})*)"
 )
 
 
@@ -351,7 +353,7 @@ def test_a_bug_is_told_with_the_request_s_id_and_where_it_is(monkeypatch, capsys
 @pytest.mark.parametrize(
     ("level", "expected"),
     [
-        ("debug", ["request", "attempt", "attempt", "done", "refused"]),
+        ("debug", ["request", "headers", *["headers", "headers", "attempt"] * 2, "done", "refused"]),
         ("info", ["request", "attempt", "attempt", "done", "refused"]),
         ("warning", ["attempt", "refused"]),
         ("error", []),
@@ -441,7 +443,7 @@ def test_lines_go_to_standard_output_whatever_its_encoding(monkeypatch, capsys):
     written = io.BytesIO()
     with monkeypatch.context() as narrow:
         narrow.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii", write_through=True))
-        logs.configure("info")
+        logs.configure(LoggingSettings())
         logs.line(logging.INFO, "request", prompt="größer \U0001f600")
         logs.line(logging.INFO, "done", outcome="complete")
     assert written.getvalue().count(b"\n") == 2
@@ -479,7 +481,7 @@ nasty = pytest.mark.parametrize("text", NASTY.values(), ids=NASTY)
 
 @nasty
 def test_a_value_is_read_back_as_it_was_and_stays_in_its_place(log, text):
-    logs.configure("info")
+    logs.configure(LoggingSettings())
     logs.line(logging.INFO, "request", first=text, second=None, third="x", fourth=1.5, fifth=True, sixth=7)
     (line,) = log()
     assert line == {"first": text, "third": "x", "fourth": "1.500", "fifth": "true", "sixth": "7"}
@@ -842,7 +844,7 @@ def test_how_a_stream_ended_is_told_with_what_the_client_got(proxy, a, reply, ou
     with RawClient.to(proxy.url) as client:
         client.post(ask(stream=True))
         client.read()
-    _, attempt, done = served_lines(proxy, since)
+    *_, attempt, done = served_lines(proxy, since)
     assert attempt["verdict"] == "answered"
     assert (done["outcome"], done["status"], done["upstream"]) == (outcome, "200", "a")
     assert done.level == ("INFO" if outcome == "complete" else "WARNING")
@@ -969,3 +971,168 @@ def test_a_full_run_with_every_kind_of_failure_shows_no_secret_and_no_line_of_a_
     everything = "\n".join(told) + proxy.stderr
     assert_without(everything, *keys, *(f"{TOKEN}-{name}" for name in "abcd"))
     assert json.dumps(TOKEN)[1:-1] not in everything
+
+
+# ------------------------------------------------------------------------------------------------ JSON
+
+
+@pytest.fixture
+def objects(capsys):
+    """The lines since the last call, each a JSON object; what strict readers refuse is no JSON."""
+
+    def read_json():
+        text = capsys.readouterr().out
+        assert len(text.splitlines()) == text.count("\n")
+        return [msgspec.json.decode(line.encode()) for line in text.splitlines()]
+
+    return read_json
+
+
+JSON = LoggingSettings(format="json")
+
+
+def test_in_json_a_field_has_its_type(objects, upstream):
+    fake = upstream(error(500), answer("Good day", usage=USAGE))
+    client = in_process(fake, {"base_url": fake.url, "name": "b"}, logging=JSON)
+    began = time.time()
+    client.post("/v1/messages", json=ask("Hi"))
+    lines = objects()
+    assert [line["event"] for line in lines] == ["request", "attempt", "attempt", "done"]
+    assert [line["level"] for line in lines] == ["INFO", "WARNING", "INFO", "INFO"]
+    for line in lines:
+        assert list(line)[:3] == ["time", "level", "event"]
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", line["time"])
+        assert abs(datetime.fromisoformat(line["time"]).timestamp() - began) < 5
+        assert None not in line.values()
+    request, failed, answered, done = lines
+    assert request["stream"] is False
+    assert isinstance(request["bytes"], int)
+    assert (failed["number"], failed["status"], answered["number"]) == (1, 500, 2)
+    assert isinstance(done["seconds"], float)
+    assert done["seconds"] == round(done["seconds"], 3)
+    assert {name: done[name] for name in TOKENS} == TOKENS
+    assert "reconnected" not in answered
+
+
+@nasty
+def test_in_json_a_value_is_read_back_as_it_was_and_stays_in_its_place(objects, text):
+    logs.configure(JSON)
+    logs.line(logging.INFO, "done", text=text, outcome="complete")
+    (line,) = objects()
+    assert line["text"] == re.sub(r"[\ud800-\udfff]", "\ufffd", text)
+    assert line["outcome"] == "complete"
+
+
+@nasty
+def test_in_json_no_sign_reaches_a_terminal_that_is_a_command_to_it(capsys, text):
+    logs.configure(JSON)
+    logs.line(logging.INFO, "done", text=text)
+    written = capsys.readouterr().out
+    for sign in set(written) - {"\n"}:
+        assert unicodedata.category(sign) not in ("Cc", "Cs", "Zl", "Zp"), f"U+{ord(sign):04X}"
+        assert unicodedata.bidirectional(sign) not in ("LRE", "RLE", "PDF", "LRO", "RLO", "LRI", "RLI")
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+def test_in_json_a_float_that_is_no_number_is_a_text(objects, number):
+    logs.configure(JSON)
+    logs.line(logging.INFO, "done", seconds=number)
+    assert objects()[0]["seconds"] == str(number)
+
+
+def test_in_json_a_bug_is_one_line(monkeypatch, objects):
+    def bug(*args, **kwargs):
+        raise ValueError(f"about this prompt:\n{FORGED}\r{FORGED}\x1b[2J")
+
+    monkeypatch.setattr("aiproxy.attempt.to_upstream", bug)
+    response = in_process("demo://answers", logging=JSON).post("/v1/messages", json=ask())
+    (line,) = [line for line in objects() if line["event"] == "bug"]
+    assert (line["id"], line["level"]) == (response.json["request_id"], "ERROR")
+    assert line["traceback"].startswith("Traceback (most recent call last):\n")
+    assert line["traceback"].endswith("\x1b[2J")
+
+
+@pytest.mark.parametrize("settings", [LoggingSettings(), JSON], ids=["text", "json"])
+def test_what_another_logger_says_has_its_name_for_an_event(capsys, settings):
+    logs.configure(settings)
+    other = logging.Logger("gunicorn.error")
+    other.addHandler(logging.getLogger("aiproxy").handlers[0])
+    other.info("Listening at: %s\n%s", "http://[::1]:8080", FORGED)
+    told = capsys.readouterr().out
+    (line,) = [json.loads(told)] if settings is JSON else read(told)
+    assert told.count("gunicorn") == 1
+    assert line["message"] == f"Listening at: http://[::1]:8080\n{FORGED}"
+
+
+# --------------------------------------------------------------------------------------------- headers
+
+
+def headers_of(lines):
+    """What each `headers` line shows: whose they are, then the pairs."""
+    return {
+        line["of"]: [tuple(pair.split(": ", 1)) for pair in line["headers"].split("\n")] for line in lines
+    }
+
+
+def test_at_debug_level_the_headers_of_all_three_are_shown_without_credentials(upstream, log):
+    echoed = [("set-cookie", "a=b"), ("x-echo", f"{TOKEN} and {KEY}"), ("x-plain", "as it is")]
+    fake = upstream(answer(headers=echoed))
+    settings = {
+        "base_url": fake.url,
+        "headers": {"x-team": "blue", "x-gate": "long-enough-for-a-secret-value"},
+    }
+    client = in_process(settings, logging=LoggingSettings(level="debug"))
+    sent = {
+        "x-api-key": KEY,
+        "authorization": "Bearer short",
+        "cookie": "c=d",
+        "proxy-authorization": "Basic e",
+        "x-goog-api-key": "f",
+        "x-auth-token": "g",
+        "anthropic-beta": "one,two",
+        "x-mine": f"{KEY}!",
+        "anthropic-ratelimit-tokens-limit": "9",
+    }
+    response = client.post("/v1/messages", json=ask(), headers=sent)
+    lines = log("headers")
+    assert {line.level for line in lines} == {"DEBUG"}
+    assert len({line["id"] for line in lines}) == 1
+    assert [line.get("upstream") for line in lines] == [None, "a", "a"]
+    shown = {of: dict(pairs) for of, pairs in headers_of(lines).items()}
+    assert list(shown) == ["client", "upstream_request", "upstream_answer"]
+    hidden = ["x-api-key", "authorization", "cookie", "proxy-authorization", "x-goog-api-key", "x-auth-token"]
+    assert {shown["client"][name] for name in hidden} == {"[redacted]"}
+    assert shown["client"]["anthropic-beta"] == "one,two"
+    assert shown["client"]["x-mine"] == "[redacted]!"
+    assert shown["client"]["anthropic-ratelimit-tokens-limit"] == "9"
+    asked = shown["upstream_request"]
+    assert (asked["x-api-key"], asked["x-gate"], asked["x-team"]) == ("[redacted]", "[redacted]", "blue")
+    answered = shown["upstream_answer"]
+    assert answered["set-cookie"] == "[redacted]"
+    assert answered["x-echo"] == "[redacted] and [redacted]"
+    assert answered["x-plain"] == response.headers["x-plain"] == "as it is"
+
+
+def test_the_headers_are_those_that_went_out(upstream, log):
+    fake = upstream()
+    in_process(fake, logging=LoggingSettings(level="debug")).post("/v1/messages", json=ask())
+    shown = dict(headers_of(log("headers"))["upstream_request"])
+    seen = dict(fake.seen[0].headers)
+    assert {name: value for name, value in shown.items() if value != "[redacted]"}.items() <= seen.items()
+    assert {name.lower() for name in seen} - set(shown) <= {"host", "content-length"}
+
+
+def test_above_debug_level_no_header_is_looked_at(monkeypatch, upstream, log):
+    monkeypatch.setattr(logs.Redactor, "text", lambda *args: "[looked at]")
+    redactor = logs.Redactor([])
+    logs.configure(LoggingSettings())
+    redactor.headers(iter(lambda: pytest.fail("looked at"), None), (), id="req_1", of="client")
+    assert log() == []
+
+
+def test_a_long_header_is_cut_and_a_header_s_name_is_redacted_too(log):
+    redactor = logs.Redactor([TOKEN])
+    logs.configure(LoggingSettings(level="debug"))
+    redactor.headers([("x-long", "y" * 9000), (f"x-{KEY}", "z")], [KEY], id="req_1", of="client")
+    (line,) = log()
+    assert line["headers"] == "x-long: " + "y" * (logs.FIELD - 8) + "\nx-[redacted]: [redacted]"

@@ -1,0 +1,446 @@
+"""The log as a file: whole lines, none lost, whatever rotates it, with several processes and a full disk."""
+
+import errno
+import json
+import logging
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import ROOT, Served
+from fakes import HOST, RawClient, free_port
+
+from aiproxy import logs
+from aiproxy.app import create_app
+from aiproxy.config import Config, LoggingSettings, UpstreamSettings
+
+ASK = {"model": "claude-x", "max_tokens": 16, "messages": [{"role": "user", "content": "Hi"}]}
+COMPLAINT = "cannot write the log: "
+
+
+@pytest.fixture(autouse=True)
+def restored():
+    """Logging as it was, since `configure` changes the process's."""
+    logger = logging.getLogger("aiproxy")
+    before = logger.handlers[:], logger.level, logger.propagate
+    logger.handlers[:] = []
+    yield
+    logs.configure(LoggingSettings())
+    logger.handlers[:], level, logger.propagate = before
+    logger.setLevel(level)
+
+
+@pytest.fixture
+def log_to(tmp_path):
+    """Log into a file; the name it has."""
+
+    def configure(path="aiproxy.log", **settings):
+        file = tmp_path / path
+        logs.configure(LoggingSettings(file=str(file), **settings))
+        return file
+
+    return configure
+
+
+def say(number, **fields):
+    logs.line(logging.INFO, "said", number=number, **fields)
+
+
+def numbers(*files):
+    """The numbers in the lines of these files, every line of which is whole."""
+    found = []
+    for file in files:
+        text = file.read_text()
+        assert text == "" or text.endswith("\n")
+        for line in text.splitlines():
+            said = re.fullmatch(r"\S+Z INFO said number=(\d+)(?: text=x+)?", line)
+            assert said, line[:200]
+            found.append(int(said[1]))
+    return found
+
+
+# ------------------------------------------------------------------------------------- one process
+
+
+def test_the_file_is_made_with_its_first_line_for_its_group_to_read(log_to, capsys):
+    file = log_to()
+    assert not file.exists()
+    before = os.umask(0)
+    try:
+        say(1)
+    finally:
+        os.umask(before)
+    assert numbers(file) == [1]
+    assert file.stat().st_mode & 0o777 == 0o640
+    assert capsys.readouterr() == ("", "")
+
+
+def test_what_the_file_holds_stays(log_to):
+    for number in (1, 2):
+        file = log_to()
+        say(number)
+    assert numbers(file) == [1, 2]
+
+
+def test_a_character_that_is_none_costs_no_line(log_to):
+    file = log_to()
+    logs.line(logging.INFO, "said", text="\ud800")
+    assert file.read_bytes().endswith(b'said text="\\ud800"\n')
+
+
+def test_after_a_rename_the_log_goes_on_in_a_new_file(log_to, tmp_path):
+    file, old = log_to(), tmp_path / "aiproxy.log.1"
+    say(1)
+    file.rename(old)
+    say(2)
+    say(3)
+    assert numbers(old) == [1]
+    assert numbers(file) == [2, 3]
+
+
+def test_after_a_removal_too(log_to):
+    file = log_to()
+    say(1)
+    file.unlink()
+    say(2)
+    assert numbers(file) == [2]
+
+
+def test_where_another_put_the_new_file_it_is_used(log_to, tmp_path):
+    file = log_to()
+    say(1)
+    file.rename(tmp_path / "old")
+    file.touch(mode=0o600)
+    say(2)
+    assert numbers(file) == [2]
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_file_that_is_copied_and_emptied_goes_on_at_its_beginning(log_to):
+    file = log_to()
+    say(1)
+    os.truncate(file, 0)
+    say(2)
+    assert numbers(file) == [2]
+
+
+def test_each_descriptor_is_given_back(log_to, tmp_path):
+    before = os.listdir("/proc/self/fd")
+    for number in range(5):
+        file = log_to()
+        say(number)
+        file.rename(tmp_path / "old")
+        say(number)
+    logs.configure(LoggingSettings())
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_a_renamed_file_has_the_lines_for_which_there_can_be_no_new_one(log_to, tmp_path, capsys):
+    file, old = log_to(), tmp_path / "old"
+    say(1)
+    file.rename(old)
+    file.mkdir()
+    say(2)
+    say(3)
+    assert numbers(old) == [1, 2, 3]
+    assert capsys.readouterr().err == f"{COMPLAINT}Is a directory\n"
+    file.rmdir()
+    say(4)
+    assert numbers(old, file) == [1, 2, 3, 4]
+
+
+# --------------------------------------------------------------------------------------- trouble
+
+
+def test_a_directory_that_vanishes_is_told_once_a_minute_and_may_come_back(
+    log_to, tmp_path, capsys, monkeypatch
+):
+    now = [1000.0]
+    monkeypatch.setattr("aiproxy.logs.time.monotonic", lambda: now[0])
+    (tmp_path / "logs").mkdir()
+    file = log_to("logs/aiproxy.log")
+    say(1)
+    file.unlink()
+    file.parent.rmdir()
+    for _ in range(100):
+        now[0] += 0.59
+        say(2)
+    assert capsys.readouterr().err == f"{COMPLAINT}No such file or directory\n"
+    now[0] += 1.6
+    say(3)
+    assert capsys.readouterr().err == f"{COMPLAINT}No such file or directory\n"
+    file.parent.mkdir()
+    say(4)
+    assert numbers(file) == [4]
+    assert capsys.readouterr().err == ""
+
+
+def test_a_full_disk_fails_no_request(capsys):
+    upstream = UpstreamSettings(name="a", base_url="demo://answers")
+    logging_ = LoggingSettings(file="/dev/full")
+    client = create_app(Config(upstreams=(upstream,), logging=logging_)).test_client()
+    for _ in range(3):
+        assert client.post("/v1/messages", json=ASK).status_code == 200
+    assert capsys.readouterr().err == f"{COMPLAINT}No space left on device\n"
+
+
+def test_a_full_disk_that_nobody_can_be_told_of_fails_nothing_either(log_to, monkeypatch):
+    log_to("/dev/full")
+
+    class Full:
+        def write(self, text):
+            raise OSError(errno.ENOSPC, "full too")
+
+    monkeypatch.setattr(sys, "stderr", Full())
+    say(1)
+
+
+def test_a_pipe_that_nobody_reads_holds_up_nothing(log_to, tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    log_to("pipe")
+    say(1)
+    assert capsys.readouterr().err.startswith(COMPLAINT)
+
+
+@pytest.mark.parametrize("emptied", [False, True])
+def test_a_line_that_the_disk_had_no_room_for_takes_none_with_it(log_to, capsys, emptied):
+    file = log_to()
+    say(1)
+    size = file.stat().st_size
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 40, before[1]))  # a short write, then none
+    try:
+        for number in (2, 3):
+            say(number, text="x" * 200)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert capsys.readouterr().err == f"{COMPLAINT}File too large\n"
+    assert file.stat().st_size == size + 40
+    if emptied:
+        os.truncate(file, 0)
+    say(4)
+    say(5)
+    whole = file.read_text().splitlines()
+    if not emptied:
+        assert whole.pop(1).endswith(" INFO said numbe")
+        assert " number=1" in whole.pop(0)
+    assert [re.search(r"number=\d", line)[0] for line in whole] == ["number=4", "number=5"]
+    assert all(re.match(r"20\S+Z INFO said ", line) for line in whole)
+
+
+# ------------------------------------------------------------------------------- settings that change
+
+
+def test_while_other_threads_log_the_place_and_the_form_may_change(log_to, tmp_path, capsys):
+    each, threads, places = 400, 4, 30
+    begun = threading.Barrier(threads + 1)
+
+    def work(first):
+        begun.wait()
+        for number in range(first, first + each):
+            say(number)
+
+    log_to("0", format="json")
+    workers = [threading.Thread(target=work, args=(n * each,)) for n in range(threads)]
+    for worker in workers:
+        worker.start()
+    begun.wait()
+    for place in range(1, places):
+        if place % 3:
+            log_to(str(place % 5), format=("text", "json")[place % 2])
+        else:
+            logs.configure(LoggingSettings(format=("json", "text")[place % 2]))
+    for worker in workers:
+        worker.join()
+    texts = [capsys.readouterr().out, *(file.read_text() for file in tmp_path.iterdir())]
+    found = re.findall(r'(?m)^(?:\{.*"number": (\d+)\}|\S+Z INFO said number=(\d+))$', "".join(texts))
+    assert sorted(int(one or other) for one, other in found) == list(range(each * threads))
+    assert sum(text.count("\n") for text in texts) == each * threads
+
+
+# ------------------------------------------------------------------------------------ several processes
+
+WRITER = """
+import logging, sys
+from aiproxy import logs
+from aiproxy.config import LoggingSettings
+logs.configure(LoggingSettings(file=sys.argv[1]))
+first, each = int(sys.argv[2]), int(sys.argv[3])
+sys.stdin.readline()
+for number in range(first, first + each):
+    logs.line(logging.INFO, "said", number=number, text="x" * (100, 9000, 70000, 200000)[number % 4])
+"""
+
+
+def test_long_lines_of_several_processes_stay_whole_while_the_file_is_renamed(tmp_path):
+    each, file = 150, tmp_path / "aiproxy.log"
+    writers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(file), str(n * each), str(each)],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for n in range(2)
+    ]
+    for writer in writers:
+        writer.stdin.write(b"go\n")
+        writer.stdin.flush()
+    renamed = 0
+    while any(writer.poll() is None for writer in writers):
+        if file.exists():
+            renamed += 1
+            file.rename(tmp_path / f"old-{renamed}")
+        threading.Event().wait(0.005)
+    assert [writer.communicate()[1] for writer in writers] == [b"", b""]
+    assert renamed > 3
+    assert sorted(numbers(*tmp_path.iterdir())) == list(range(each * len(writers)))
+
+
+# ------------------------------------------------------------------------------------ a server's own log
+
+
+@pytest.mark.parametrize("settings", [{"format": "json"}, {"file": "/dev/null"}], ids=["json", "file"])
+def test_a_server_s_lines_leave_standard_error_for_a_file_or_json_alone_and_may_come_back(settings):
+    server = logging.Logger("gunicorn.error")
+    theirs, elsewhere = logging.StreamHandler(), logging.NullHandler()
+    server.handlers[:] = [theirs, elsewhere]
+    logs.configure(LoggingSettings())
+    logs.adopt(server)
+    assert server.handlers == [theirs, elsewhere]
+    logs.configure(LoggingSettings(**settings))
+    for _ in range(2):
+        logs.adopt(server)
+        assert server.handlers == [elsewhere, *logging.getLogger("aiproxy").handlers]
+    server.addHandler(theirs)  # as gunicorn does at a reload
+    logs.configure(LoggingSettings())
+    logs.adopt(server)
+    assert server.handlers == [elsewhere, theirs]
+
+
+# ------------------------------------------------------------------------------------- a real gunicorn
+
+
+@pytest.fixture(scope="module")
+def proxy(tmp_path_factory):
+    """Two workers that log into one file, as JSON."""
+    home = tmp_path_factory.mktemp("logged")
+    port = free_port()
+    config = {
+        "listen": port,
+        "logging": {"format": "json", "file": "aiproxy.log"},
+        "upstreams": [{"name": "a", "base_url": "demo://answers"}],
+    }
+    path = home / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "gunicorn", "wsgi:app", "--workers", "2", "--graceful-timeout", "2"]
+    served = Served(command, ROOT, {"AIPROXY_CONFIG": str(path)}, port)
+    served.home = home
+    try:
+        served.wait_until_ready()
+        wait_until(lambda: len(booted(served)) == 2)
+        yield served
+    finally:
+        served.stop()
+
+
+def lines_in(home):
+    """All lines, old files first; the last may be in the middle of being written."""
+    files = sorted(home.glob("aiproxy.log*"), key=lambda file: file.stat().st_mtime_ns)
+    texts = [file.read_text() for file in files]
+    return [json.loads(line) for text in texts for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def having(proxy, event):
+    return [line for line in lines_in(proxy.home) if line["event"] == event]
+
+
+def booted(proxy):
+    return [line for line in having(proxy, "gunicorn") if line["message"].startswith("Booting worker")]
+
+
+def wait_until(is_true):
+    limit = time.monotonic() + 5
+    while not is_true():
+        assert time.monotonic() < limit
+        threading.Event().wait(0.02)
+
+
+def test_workers_lose_no_line_while_the_file_is_rotated(proxy):
+    each, clients = 40, 4
+    before = len(having(proxy, "done"))
+
+    def work():
+        for _ in range(each):
+            with RawClient(HOST, proxy.port, timeout=20) as client:
+                client.post(ASK)
+                assert client.read().status == 200
+
+    workers = [threading.Thread(target=work) for _ in range(clients)]
+    for worker in workers:
+        worker.start()
+    renamed = 0
+    while any(worker.is_alive() for worker in workers):
+        file = proxy.home / "aiproxy.log"
+        if file.exists():
+            renamed += 1
+            file.rename(proxy.home / f"aiproxy.log.{renamed}")
+        threading.Event().wait(0.05)
+    wait_until(lambda: len(having(proxy, "done")) >= before + each * clients)
+    assert renamed > 1
+    for event in ("request", "attempt", "done"):
+        ids = [line["id"] for line in having(proxy, event)]
+        assert len(ids) == len(set(ids)) == before + each * clients
+
+
+def test_what_gunicorn_says_and_how_to_try_it_stands_in_the_same_file(proxy):
+    lines = lines_in(proxy.home)
+    gunicorn = [line for line in lines if line["event"] == "gunicorn"]
+    said = [line["message"] for line in gunicorn]
+    assert said[0].startswith("Starting gunicorn")
+    assert len([line for line in gunicorn if line["message"].startswith("Booting worker")]) == 2
+    assert len({line["pid"] for line in gunicorn}) == 3
+    start = [(line["level"], line["message"]) for line in lines if line["event"] == "start"]
+    assert [level for level, _ in start] == ["WARNING", "INFO", "INFO"]
+    assert start[0][1].startswith("no api_keys")
+    assert start[2][1].startswith(f"aiproxy serves {proxy.url} - try: curl")
+    assert proxy.stdout_lines() == []
+    assert proxy.stderr == ""
+
+
+def test_a_reload_of_gunicorn_s_own_doubles_nothing(proxy):
+    before = len(having(proxy, "gunicorn"))
+    proxy.process.send_signal(signal.SIGHUP)
+    wait_until(lambda: len(booted(proxy)) == 4)
+    hang_ups = [line for line in having(proxy, "gunicorn")[before:] if "Hang up" in line["message"]]
+    assert len(hang_ups) == 1
+    assert len({line["message"] for line in booted(proxy)}) == 4
+    assert (proxy.stdout_lines(), proxy.stderr) == ([], "")
+
+
+def test_json_on_standard_output_holds_gunicorn_s_lines_too(serve):
+    served = serve({"logging": {"format": "json"}, "upstreams": [{"base_url": "demo://answers"}]})
+    served.wait_for_log("Booting worker")
+    served.stop()
+    events = {json.loads(line)["event"] for line in served.stdout_lines()}
+    assert events == {"gunicorn", "start"}
+    assert served.stderr == ""
+
+
+def test_text_in_a_file_shows_gunicorn_s_lines_in_our_form(serve, tmp_path):
+    served = serve(
+        {"logging": {"file": str(tmp_path / "log")}, "upstreams": [{"base_url": "demo://answers"}]}
+    )
+    served.stop()
+    lines = Path(tmp_path / "log").read_text().splitlines()
+    assert re.fullmatch(r'20\S+Z INFO gunicorn pid=\d+ message="Starting gunicorn [0-9.]+"', lines[0])
+    assert all(re.match(r"20\S+Z (INFO|WARNING) (gunicorn|start) ", line) for line in lines)
+    assert (served.stdout_lines(), served.stderr) == ([], "")
