@@ -65,6 +65,19 @@ class Failure(msgspec.Struct, frozen=True):
     retry_after: float | None = None  # seconds
 
 
+def error_of(failure: Failure) -> dict[str, str | None]:
+    """The message and the `error_code` of an error body, None where it has none."""
+    try:
+        error = members(members(failure.body).get("error", b""))
+    except ValueError:
+        return {}
+    try:
+        code = text(members(error.get("details", b"")).get("error_code", b""))
+    except ValueError:
+        code = None
+    return {"message": text(error.get("message", b"")), "error_code": code}
+
+
 class Answer(msgspec.Struct, frozen=True):
     """An attempt's answer, committed: whole, or a `Relay` that goes on."""
 

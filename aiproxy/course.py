@@ -4,8 +4,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from .attempt import Answer, Attempt, Failure, Request
-from .body import members, text
+from .attempt import Answer, Attempt, Failure, Request, error_of
 from .breaker import Outcome
 from .errors import ApiError
 from .headers import Pairs, value_of
@@ -128,7 +127,7 @@ class Course:
     def _lacks_endpoint(self, failure: Failure) -> bool:
         """Whether an upstream says that it has no such endpoint; a 404 may also be about what is asked."""
         if failure.status == 404:
-            about_model = (_error_of(failure).get("message") or "").startswith("model:")
+            about_model = (error_of(failure).get("message") or "").startswith("model:")
             return not about_model and not self._is_bound
         return failure.status in (405, 501)
 
@@ -174,17 +173,4 @@ class Course:
 
 
 def _thread_not_found(failure: Failure) -> bool:
-    return _error_of(failure).get("error_code") == "thread_not_found"
-
-
-def _error_of(failure: Failure) -> dict[str, str | None]:
-    """The message and the `error_code` of an error body, None where it has none."""
-    try:
-        error = members(members(failure.body).get("error", b""))
-    except ValueError:
-        return {}
-    try:
-        code = text(members(error.get("details", b"")).get("error_code", b""))
-    except ValueError:
-        code = None
-    return {"message": text(error.get("message", b"")), "error_code": code}
+    return error_of(failure).get("error_code") == "thread_not_found"

@@ -1,30 +1,39 @@
-"""What is told of requests and attempts: to the log and to the metrics.
+"""What is told of requests and attempts: to the log, to the metrics and to the last hour's history.
 
-One place tells both, so that they never disagree. It judges nothing.
+One place tells all three, so that they never disagree. It judges nothing.
 """
 
 import logging
 import time
 
-from .attempt import Attempt, Failure, Request
+from .attempt import Attempt, Failure, Request, error_of
 from .errors import ApiError
-from .logs import Redactor
+from .history import History
+from .logs import FIELD, Redactor
 from .metrics import Metrics
-from .policy import Charge, Rule
+from .policy import Charge, Fault, Rule
 from .relay import End
 from .report import Report
 from .upstream import MESSAGES
 
+#: Failures that say nothing of the upstream.
+_NOT_ITS_FAULT = (Fault.CLIENT_LEFT, Fault.RESTART, Fault.BUG)
+_BROKEN = {
+    "broken": "broke off in the middle:",
+    "silent": "fell silent in the middle:",
+    "error_event": "sent an error in the middle",
+}
 #: Bytes of an upstream's error that the log is cut out of.
 _ERROR_READ = 65536
 
 
 class Journal:
-    """Thread-safe. The metrics are about messages alone: the counting of tokens would blur them."""
+    """Thread-safe. Metrics and history are about messages alone: the counting of tokens would blur them."""
 
-    def __init__(self, redactor: Redactor, metrics: Metrics) -> None:
+    def __init__(self, redactor: Redactor, metrics: Metrics, history: History) -> None:
         self.redactor = redactor
         self._metrics = metrics
+        self._history = history
 
     def attempt(
         self, request: Request, attempt: Attempt, number: int, failure: Failure | None, rule: Rule | None
@@ -54,6 +63,9 @@ class Journal:
         )
         if request.path == MESSAGES:
             self._metrics.attempt(attempt.upstream.name, verdict, attempt.first_byte)
+            self._history.attempt(attempt.upstream.name, attempt.first_byte if failure is None else None)
+            if failure is not None and failure.fault not in _NOT_ITS_FAULT:
+                self._remember(request, attempt, _reason(failure))
 
     def streaming(self, request: Request) -> None:
         """The answer is a stream, which goes on until `done`."""
@@ -97,5 +109,20 @@ class Journal:
         self._metrics.request(request.body.model, end.how, request.client)
         if end.streamed:
             self._metrics.stream_ended()
-        if attempt is not None and end.how != "error":
-            self._metrics.answer(attempt.upstream.name, seconds, attempt.report)
+        if attempt is None or end.how == "error":
+            return
+        self._metrics.answer(attempt.upstream.name, seconds, attempt.report)
+        self._history.used(attempt.upstream.name, attempt.report)
+        if end.how in _BROKEN:
+            self._remember(request, attempt, f"{_BROKEN[end.how]} {end.detail or ''}")
+
+    def _remember(self, request: Request, attempt: Attempt, reason: str) -> None:
+        model, reason = (
+            self.redactor.text(text.strip(), FIELD, request.secrets) for text in (request.body.model, reason)
+        )
+        self._history.failed(attempt.upstream.name, model, reason)
+
+
+def _reason(failure: Failure) -> str:
+    message = error_of(failure).get("message")
+    return f"{failure.detail}: {message}" if message else failure.detail

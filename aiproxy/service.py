@@ -6,6 +6,7 @@ way keep those by which they came in, and so end as they began.
 
 import hashlib
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,18 +15,20 @@ from urllib.parse import unquote, urlsplit
 
 import msgspec
 
-from . import logs
+from . import __version__, logs
 from .attempt import Tools
 from .balancer import Balancer
 from .breaker import Breaker
 from .config import Config, UpstreamSettings, check_addresses
 from .forwarder import Forwarder
 from .gate import SPARE, Gate
+from .history import History
 from .journal import Journal
 from .keys import Keys
 from .metrics import Metrics
 from .models import Models
 from .reload import Follower, LastGood, Start, changes
+from .status import Status, rows
 from .threads import Owners
 from .transport import Transport, credentials
 from .upstream import Upstream
@@ -55,6 +58,7 @@ class Service:
     def __init__(self, config: Config, clock: Callable[[], float], metrics: Metrics) -> None:
         """`clock`: monotonic seconds, the circuit breakers'."""
         self.metrics = metrics
+        self.history = History(time.time)
         self.is_stopping = False
         self.began = time.time()
         self.taken_up = self.began
@@ -129,6 +133,38 @@ class Service:
         soonest = min(circuit.seconds for circuit in circuits)
         return f"no upstream is usable: all circuits are open or resting, the first for {soonest:.0f} s more"
 
+    def status(self) -> Status:
+        """Everything that the status page shows."""
+        return Status(
+            version=__version__,
+            now=time.time(),
+            began=self.began,
+            configuration=self.digest,
+            taken_up=self.taken_up,
+            faults=self.faults,
+            worker=os.getpid(),
+            in_flight=self._gate.inside,
+            upstreams=rows(self.doors.balancer.upstreams, self.history),
+        )
+
+    def act(self, upstream: str, action: str) -> bool:
+        """Do what a button of the status page says; False where there is no such upstream or action.
+
+        `close` closes the circuit; `drain` takes the upstream out, `resume` back in, each at the latest
+        until the next reload.
+        """
+        found = next((each for each in self.doors.balancer.upstreams if each.name == upstream), None)
+        if found is None or action not in ("close", "drain", "resume"):
+            return False
+        if action == "close":
+            found.breaker.close()
+            logs.circuit(upstream, "closed")
+        else:
+            found.draining = action == "drain"
+        logs.line(logging.WARNING, "status", upstream=upstream, action=action)
+        self.take_stock()
+        return True
+
     def see_out(self, graceful_timeout: float) -> None:
         """The server stops; see `Watcher.see_out`."""
         self.is_stopping = True
@@ -145,13 +181,15 @@ class Service:
 
     def _built(self, config: Config, staying: dict[str, Upstream], cursor: dict[str, int]) -> Doors:
         logs.configure(config.logging)
+        logs.adopt(logging.getLogger("gunicorn.error"))
         enabled = [settings for settings in config.upstreams if settings.enabled]
         upstreams = [
             Upstream(settings, self._breaker(config, staying.get(settings.name), settings))
             for settings in enabled
         ]
         balancer = Balancer(upstreams, cursor)
-        journal = Journal(_redactor(config), self.metrics)
+        journal = Journal(_redactor(config), self.metrics, self.history)
+        self.history.keep(settings.name for settings in enabled)
         self.metrics.know_models(Models(enabled).names)
         tools = Tools(self._transport, self._watcher, config.timeouts, journal.redactor)
         return Doors(

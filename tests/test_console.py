@@ -1,5 +1,6 @@
 """What those who run the proxy ask it: is it alive, is it ready; answered in time whatever else goes on."""
 
+import base64
 import contextlib
 import signal
 import statistics
@@ -132,3 +133,168 @@ def test_probes_are_answered_in_time_beside_as_many_streams_as_may_be(upstream, 
         busy.post(ASK)
         assert busy.read().status == 529  # all of them are running
     assert statistics.quantiles(took, n=20)[-1] < 0.05, took
+
+
+# ------------------------------------------------------------------------------------- the status page
+
+ADMIN = ClientKey("admin", "sk-test-admin")
+
+
+def basic(password, user="anyone"):
+    return {"authorization": "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()}
+
+
+def press(app, upstream, action, **headers):
+    """Press a button of the page, as a browser would unless headers say otherwise."""
+    sent = {"origin": "http://localhost", **basic(ADMIN.key), **headers}
+    return app.test_client().post("/status", data={"upstream": upstream, "action": action}, headers=sent)
+
+
+def facts(app):
+    headers = {"accept": "application/json", **basic(ADMIN.key)}
+    return app.test_client().get("/status", headers=headers).get_json()
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_without_an_admin_key_there_is_no_page(upstream, method):
+    app = app_of(upstream(), api_keys=(ClientKey("alice", "sk-test-alice"),))
+    reply = app.test_client().open("/status", method=method, headers=basic("sk-test-alice"))
+    assert (reply.status_code, reply.get_json()["error"]["type"]) == (404, "not_found_error")
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        basic(""),
+        basic("sk-test-admi"),
+        basic("sk-test-admin2"),
+        basic("sk-test-\u00e4dmin"),
+        {"authorization": "Basic"},
+        {"authorization": "Basic !!!"},
+        {"authorization": "Basic \u00e4"},
+        {"authorization": "Bearer sk-test-admin"},
+        {"authorization": "Basic sk-test-admin"},
+        {"x-api-key": "sk-test-admin"},
+        basic("sk-test-alice"),
+    ],
+)
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_without_the_admin_key_as_password_it_is_not_shown(upstream, method, headers):
+    app = app_of(upstream(), admin_key=ADMIN, api_keys=(ClientKey("alice", "sk-test-alice"),))
+    sent = {"origin": "http://localhost", **headers}
+    reply = app.test_client().open(
+        "/status", method=method, headers=sent, data={"upstream": "a", "action": "drain"}
+    )
+    assert reply.status_code == 401
+    assert reply.headers["www-authenticate"].startswith('Basic realm="aiproxy"')
+    assert facts(app)["upstreams"][0]["state"] == "closed"
+
+
+@pytest.mark.parametrize(
+    ("accept", "kind"),
+    [
+        (None, "text/html"),
+        ("*/*", "text/html"),
+        ("text/html,application/xhtml+xml,*/*;q=0.8", "text/html"),
+        ("application/json", "application/json"),
+        ("application/json, text/html;q=0.5", "application/json"),
+        ("image/png", "text/html"),
+    ],
+)
+def test_it_is_a_page_or_the_same_as_json_by_accept(upstream, accept, kind):
+    app = app_of(upstream(), admin_key=ADMIN)
+    headers = {**basic(ADMIN.key), **({"accept": accept} if accept else {})}
+    reply = app.test_client().get("/status", headers=headers)
+    assert (reply.status_code, reply.mimetype) == (200, kind)
+    assert "default-src 'none'" in reply.headers["content-security-policy"]
+    assert "frame-ancestors 'none'" in reply.headers["content-security-policy"]
+    assert reply.headers["cache-control"] == "no-store"
+
+
+def test_page_and_json_tell_the_same_facts_and_no_secret(upstream):
+    a, b = upstream(), upstream(*[error(529, message="<script>busy sk-test-a</script>")] * 3)
+    app = app_of(a, b, admin_key=ADMIN)
+    ask = app.test_client()
+    for _ in range(6):
+        assert ask.post("/v1/messages", json=ASK).status_code == 200
+    told = facts(app)
+    first, second = told["upstreams"]
+    assert (first["name"], first["state"], first["answers"], first["traffic_share"]) == (
+        "a",
+        "closed",
+        6,
+        1.0,
+    )
+    assert first["first_byte"] > 0
+    assert (second["state"], second["failures"], second["failures_in_a_row"]) == ("open", 3, 3)
+    assert 1790 < second["tried_again_in"] <= 1800
+    assert [failure["reason"] for failure in second["last_failures"]] == [
+        "status 529: <script>busy [redacted]</script>"
+    ] * 3
+    assert sum(minute["failures"] for minute in second["minutes"]) == 3
+    page = ask.get("/status", headers=basic(ADMIN.key)).get_data(as_text=True)
+    assert "3 failures in a row; tried again in 30 min" in page
+    assert "&lt;script&gt;busy [redacted]&lt;/script&gt;" in page
+    assert "<script" not in page
+    assert "sk-test" not in page + str(told)
+
+
+def test_a_broken_stream_is_a_failure_with_its_reason(upstream):
+    app = app_of(upstream(events(SPOKEN[:5], then="cut")), admin_key=ADMIN)
+    with pytest.raises(ConnectionAbortedError):
+        _ = app.test_client().post("/v1/messages", json={**ASK, "stream": True}).data
+    (row,) = facts(app)["upstreams"]
+    assert (row["attempts"], row["answers"], row["failures"]) == (1, 1, 1)
+    assert row["last_failures"][0]["reason"].startswith("broke off in the middle: ")
+
+
+def test_its_buttons_do_what_they_say(upstream):
+    a, b = upstream(*[error(500)] * 3), upstream()
+    app = app_of(a, b, admin_key=ADMIN)
+    ask = app.test_client()
+    for _ in range(4):
+        ask.post("/v1/messages", json=ASK)
+    assert facts(app)["upstreams"][0]["state"] == "open"
+    reply = press(app, "a", "close")
+    assert (reply.status_code, reply.headers["location"]) == (303, "/status")
+    assert facts(app)["upstreams"][0]["state"] == "closed"
+    press(app, "b", "drain")
+    assert facts(app)["upstreams"][1]["state"] == "draining"
+    served_by = [ask.post("/v1/messages", json=ASK).headers["x-aiproxy-upstream"] for _ in range(4)]
+    assert served_by == ["a"] * 4
+    press(app, "b", "resume")
+    served_by = [ask.post("/v1/messages", json=ASK).headers["x-aiproxy-upstream"] for _ in range(4)]
+    assert set(served_by) == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    "form",
+    [{}, {"upstream": "a"}, {"upstream": "a", "action": "delete"}, {"upstream": "z", "action": "drain"}],
+)
+def test_a_form_that_makes_no_sense_changes_nothing(upstream, form):
+    app = app_of(upstream(), admin_key=ADMIN)
+    headers = {"origin": "http://localhost", **basic(ADMIN.key)}
+    assert app.test_client().post("/status", data=form, headers=headers).status_code == 400
+    assert facts(app)["upstreams"][0]["state"] == "closed"
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        "",
+        "null",
+        "http://evil.example",
+        "http://localhost.evil.example",
+        "http://localhost:81",
+        "https://localhost",
+        "http://evil.example/http://localhost",
+    ],
+)
+def test_a_form_of_another_page_changes_nothing(upstream, origin):
+    app = app_of(upstream(), admin_key=ADMIN)
+    reply = press(app, "a", "drain", origin=origin)
+    assert (reply.status_code, reply.get_json()["error"]["type"]) == (403, "permission_error")
+    without = {"data": {"upstream": "a", "action": "drain"}, "headers": basic(ADMIN.key)}
+    assert app.test_client().post("/status", **without).status_code == 403
+    assert facts(app)["upstreams"][0]["state"] == "closed"

@@ -1,0 +1,137 @@
+"""The last hour, minute by minute: what is counted where, what is forgotten, what a clock may do."""
+
+import threading
+
+import pytest
+
+from aiproxy.history import FAILURES, MINUTES, History
+from aiproxy.report import Report
+
+
+class Clock:
+    """Unix time that stands still until a test moves it."""
+
+    def __init__(self):
+        self.now = 1_000_000 * 60.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def history(clock):
+    return History(clock)
+
+
+def test_nothing_yet_is_an_hour_of_nothing(history):
+    record = history.of("a")
+    assert len(record.minutes) == MINUTES
+    assert (record.attempts, record.failed, record.answers, record.first_byte) == (0, 0, 0, None)
+    assert (record.failures, record.cache_read_share) == ([], None)
+
+
+def test_each_minute_has_its_own_figures_and_the_latest_is_last(history, clock):
+    history.attempt("a", 1.0)
+    clock.now += 120
+    history.attempt("a", 4.0)
+    history.attempt("a")
+    history.failed("a", "claude-x", "status 529")
+    minutes = history.of("a").minutes
+    assert [(each.attempts, each.failures, each.answers) for each in minutes[-3:]] == [
+        (1, 0, 1),
+        (0, 0, 0),
+        (2, 1, 1),
+    ]
+    assert minutes[-3].first_byte == pytest.approx(1.0, rel=0.15)
+    assert minutes[-2].first_byte is None
+    assert minutes[-1].first_byte == pytest.approx(4.0, rel=0.15)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.001, 0.05, 0.4, 2.0, 30.0, 119.0, 500.0, 1e6])
+def test_a_median_is_right_to_an_eighth_within_the_sensible_range(history, seconds):
+    for _ in range(9):
+        history.attempt("a", seconds)
+    for outlier in (0.02, 90.0):
+        history.attempt("a", outlier)
+    median = history.of("a").first_byte
+    if 0.01 <= seconds <= 400:
+        assert median == pytest.approx(seconds, rel=0.125)
+    else:
+        assert median > 0
+
+
+def test_after_an_hour_it_is_forgotten(history, clock):
+    history.attempt("a", 1.0)
+    history.used("a", Report(input_tokens=7))
+    clock.now += 60 * (MINUTES - 1)
+    assert (history.of("a").answers, history.of("a").tokens.input) == (1, 7)
+    clock.now += 60
+    assert (history.of("a").answers, history.of("a").tokens.input) == (0, 0)
+
+
+def test_the_last_failures_are_told_latest_first_and_cut(history, clock):
+    for n in range(FAILURES + 3):
+        clock.now += 1
+        history.failed("a", "m" * 1000, f"reason {n} " + "x" * 1000)
+    failures = history.of("a").failures
+    assert [failure.reason[:8] for failure in failures] == [f"reason {n}" for n in range(7, 2, -1)]
+    assert (
+        {len(failure.reason) for failure in failures} == {len(failure.model) for failure in failures} == {200}
+    )
+    assert failures[0].at == clock.now
+
+
+def test_tokens_add_up_and_the_cache_share_is_of_all_input(history):
+    for _ in range(2):
+        history.used(
+            "a",
+            Report(
+                input_tokens=10, output_tokens=5, cache_read_input_tokens=80, cache_creation_input_tokens=10
+            ),
+        )
+    history.used("a", Report())
+    record = history.of("a")
+    assert (record.tokens.input, record.tokens.output) == (20, 10)
+    assert (record.tokens.cache_read, record.tokens.cache_write) == (160, 20)
+    assert record.cache_read_share == 0.8
+
+
+@pytest.mark.parametrize("jump", [-3600.0 * 24 * 365, -90.0, 3600.0 * 24 * 365])
+def test_a_clock_that_jumps_loses_minutes_and_nothing_else(history, clock, jump):
+    history.attempt("a", 1.0)
+    clock.now += jump
+    history.attempt("a", 2.0)
+    history.failed("a", "claude-x", "reason")
+    assert history.of("a").minutes[-1].attempts == 1
+    clock.now -= jump
+    for _ in range(3 * MINUTES):
+        clock.now += 60
+        history.attempt("a", 2.0)
+        assert 1 <= history.of("a").attempts <= MINUTES
+
+
+def test_upstreams_that_are_no_more_are_forgotten(history):
+    history.attempt("a", 1.0)
+    history.attempt("b", 1.0)
+    history.keep(["b", "c"])
+    assert [history.of(name).answers for name in "abc"] == [0, 1, 0]
+
+
+def test_no_count_is_lost_between_threads(history):
+    def work():
+        for _ in range(500):
+            history.attempt("a", 1.0)
+            history.failed("a", "claude-x", "reason")
+            history.of("a")
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (history.of("a").answers, history.of("a").failed) == (2000, 2000)
