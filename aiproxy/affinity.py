@@ -31,13 +31,19 @@ def key_of(setting: str, client: str, headers: Iterable[tuple[str, str]], body: 
 
     `client` is the name of the client's key: a session belongs to the client that names it.
     """
-    if setting == NONE or not _USES_CACHE.search(body.raw):
+    if setting == NONE or not _uses_cache(body.raw):
         return None
     session = _session(list(headers), body)
     if session is None and setting == PREFIX:
         with contextlib.suppress(RecursionError):  # nested too deeply: for an upstream to judge
             session = _prefix(body)
     return None if session is None else f"{client}\n{session}"
+
+
+def _uses_cache(raw: bytes) -> bool:
+    """Whether a body sets a cache breakpoint. The plain search first: it is ten times as fast."""
+    at = raw.find(b'"cache_control"')
+    return at >= 0 and _USES_CACHE.search(raw, at) is not None
 
 
 def rank(upstreams: Sequence[Upstream], key: str) -> list[Upstream]:

@@ -7,6 +7,7 @@ surrogate) is read again with the standard library instead of being refused.
 
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -14,6 +15,7 @@ import msgspec
 from .errors import ApiError
 
 _MEMBERS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_LIST = msgspec.json.Decoder(list[msgspec.Raw])
 _WHITE_SPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -34,19 +36,38 @@ class Body(msgspec.Struct, frozen=True):
             members["model"] = msgspec.json.encode(model)
         if stream != self.stream:
             members["stream"] = b"true" if stream else b"false"
-        return b"{" + b",".join(_key(name) + b":" + value for name, value in members.items()) + b"}"
+        # One copy in all: a body may be megabytes long.
+        pieces = [piece for name, value in members.items() for piece in (b",", _key(name), b":", value)]
+        return b"".join([b"{", *pieces[1:], b"}"])
 
     def preview(self) -> str:
         """The last user message's text, for the log."""
         try:
-            messages = msgspec.json.decode(self.members.get("messages", b"[]"), type=list[msgspec.Raw])
-            for message in reversed(messages):
-                fields = members(bytes(message))
+            raw = self.members.get("messages", b"[]")
+            for fields in _last_message(raw) or map(members, _backwards(raw)):
                 if text(fields.get("role", b"null")) == "user":
                     return _text_of(json.loads(fields.get("content", b"null")))
         except (ValueError, RecursionError, msgspec.DecodeError):
             pass
         return ""
+
+
+def _last_message(messages: bytes) -> list[dict[str, bytes]]:
+    """The members of the last message, if it is a user's and begins with its role, as SDKs write it.
+
+    Spares the reading of all messages. The mark cannot stand in a string, where its quotes would be
+    escaped, nor before a smaller object, whose end would not be that of the list.
+    """
+    start = messages.rfind(b'{"role"')
+    try:
+        fields = members(messages[start:].removesuffix(b"]")) if start > 0 else {}
+    except ValueError:
+        return []
+    return [fields] if fields.get("role") == b'"user"' else []
+
+
+def _backwards(messages: bytes) -> Iterator[bytes]:
+    return map(bytes, reversed(_LIST.decode(messages)))
 
 
 def read(raw: bytes) -> Body:

@@ -73,6 +73,8 @@ class Visit:
             body: Relay | Whole = content
         else:
             body = Whole(content, on_last=self._slot.leave, on_close=self._close)
+            if flask.request.method == "HEAD":  # the client waits for no piece of it
+                self._slot.leave()
         if self._client is not None:
             self._client.follow(lambda: body.bytes)
         return body

@@ -1353,7 +1353,7 @@ def test_a_bug_of_ours_gives_a_trial_back(upstream, proxy, clock, monkeypatch):
 def test_a_bug_of_ours_after_a_refusal_charges_nobody(upstream, proxy, monkeypatch):
     one = proxy(upstream(error(400)), upstream())
     with monkeypatch.context() as broken:
-        broken.setattr("aiproxy.attempt.members", lambda *_: 1 / 0)
+        broken.setattr("aiproxy.attempt.Attempt._whole", lambda *_: 1 / 0)
         assert one.ask().status == 500
     assert one.outcomes() == [["undecided"], ["undecided"]]
 
