@@ -32,7 +32,8 @@ _TEXT = (
 class DemoAdapter(HTTPAdapter):
     """Answers messages requests to `demo://answers` and `demo://overloaded`."""
 
-    def send(self, request: requests.PreparedRequest, *args: Any, **kwargs: Any) -> requests.Response:
+    def send(self, request: requests.PreparedRequest, *args: Any, **kwargs: Any) -> Any:
+        """urllib3's response, as `transport` wants it."""
         request_id = f"req_demo_{uuid.uuid4().hex[:16]}"
         asked = members(bytes(request.body or b"{}"))  # type: ignore[arg-type]
         model = text(asked.get("model", b"")) or ""
@@ -49,13 +50,12 @@ class DemoAdapter(HTTPAdapter):
         else:
             status, content_type = 200, "application/json"
             pieces = [json.dumps(_message(model, _TEXT)).encode()]
-        raw = urllib3.HTTPResponse(
+        return urllib3.HTTPResponse(
             body=_Pieces(pieces),
             status=status,
             headers={"content-type": content_type, "request-id": request_id},
             preload_content=False,
         )
-        return self.build_response(request, raw)
 
 
 class _Pieces(io.RawIOBase):

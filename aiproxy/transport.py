@@ -13,7 +13,6 @@ import socket
 import ssl
 import threading
 from collections.abc import Iterator
-from http.cookiejar import DefaultCookiePolicy
 from typing import Any
 from urllib.parse import unquote_to_bytes, urlsplit
 
@@ -110,7 +109,7 @@ class Call:
         self.status = 0
         self.headers: Pairs = []
         self.decoded = False
-        self._response: requests.Response | None = None
+        self._raw: Any = None  # urllib3's response
         self._lock = threading.Lock()
         self._socket: socket.socket | None = None
         self._reason: Reason | None = None
@@ -146,8 +145,7 @@ class Call:
 
         Raises `CallFailed`.
         """
-        assert self._response is not None
-        raw = self._response.raw
+        raw = self._raw
         try:
             if raw.chunked and raw.supports_chunked_reads():
                 yield from raw.stream(PIECE, decode_content=self.decoded)
@@ -167,14 +165,13 @@ class Call:
     def close(self) -> None:
         """Give the call up. A connection whose answer was not read to its end is closed, not kept."""
         self.detach()
-        if self._response is not None:
-            self._response.raw.close()
+        if self._raw is not None:
+            self._raw.close()
 
-    def answered(self, response: requests.Response) -> None:
-        """Take the head of the answer."""
-        raw = response.raw
-        self._response = response
-        self.status = response.status_code
+    def answered(self, raw: Any) -> None:
+        """Take the head of the answer, urllib3's."""
+        self._raw = raw
+        self.status = raw.status
         self.headers = [(name.lower(), value) for name, value in raw.headers.items()]
         encoding = raw.headers.get("content-encoding", "identity").strip().lower()
         if encoding in _DECODABLE:
@@ -207,12 +204,7 @@ class Transport:
         self.connect_timeout = connect_timeout
         self._watcher = watcher
         self._resolver = Resolver()
-        self._session = _Session()
-        # Nothing of the environment or of another client may slip in: no netrc, no proxies, no CA
-        # bundle, no cookies, no default headers.
-        self._session.trust_env = False
-        self._session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
-        self._session.headers.clear()
+        self._session = requests.Session()
         self._session.mount("http://", adapter := _Adapter())
         self._session.mount("https://", adapter)
         self._session.mount("demo://", DemoAdapter())
@@ -230,11 +222,13 @@ class Transport:
             call.target = f"{parts.scheme}://{parts.netloc}{request.path_url}"
         _current.call = call
         try:
-            response = self._session.send(
+            # By the session's adapter: what `Session.send` does besides is not wanted here. Nothing of the
+            # environment or of another client may slip in, no netrc, no proxies, no CA bundle and no
+            # cookies, and a redirect is an answer like any other.
+            raw: Any = self._session.get_adapter(outgoing.url).send(
                 request,
                 stream=True,
                 timeout=(call.connect_timeout, None),
-                allow_redirects=False,
                 proxies={"http": outgoing.proxy, "https": outgoing.proxy} if outgoing.proxy else {},
                 verify=outgoing.ca_bundle or True,
             )
@@ -249,21 +243,14 @@ class Transport:
             raise call.failure(error) from None
         finally:
             _current.call = None
-        call.answered(response)
-        if outgoing.is_forwarded and _wants_password(response):
+        call.answered(raw)
+        if outgoing.is_forwarded and _wants_password(raw):
             call.close()
-            raise CallFailed(Fault.CONNECT, _refusal(call.status, response.reason))
+            raise CallFailed(Fault.CONNECT, _refusal(call.status, raw.reason))
 
     def close(self) -> None:
         """Close the kept connections."""
         self._session.close()
-
-
-class _Session(requests.Session):
-    """A session to which a redirect is an answer like any other, whose body nobody has asked for."""
-
-    def get_redirect_target(self, resp: requests.Response) -> None:
-        return None
 
 
 class _Current(threading.local):
@@ -435,6 +422,7 @@ class _Adapter(HTTPAdapter):
 
     def __init__(self) -> None:
         self._managing = threading.Lock()
+        self._kept: dict[tuple[str, str | None, bool | str | None], Any] = {}
         super().__init__(POOL, POOL)
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
@@ -446,6 +434,21 @@ class _Adapter(HTTPAdapter):
             manager = super().proxy_manager_for(proxy, socket_options=_SOCKET_OPTIONS, **kwargs)
             manager.pool_classes_by_scheme = _POOLS
         return manager
+
+    def get_connection_with_tls_context(
+        self, request: Any, verify: Any, proxies: Any = None, cert: Any = None
+    ) -> Any:
+        """The pool of an upstream, which requests would look for anew with each request."""
+        way = (request.url[: -len(request.path_url)], (proxies or {}).get("http"), verify)
+        pool = self._kept.get(way)
+        if pool is None:
+            pool = super().get_connection_with_tls_context(request, verify, proxies, cert)
+            self._kept[way] = pool
+        return pool
+
+    def build_response(self, req: Any, resp: Any) -> Any:
+        """urllib3's response as it is: what requests' own adds to it, nobody asks for."""
+        return resp
 
     def proxy_headers(self, proxy: str) -> dict[str, str]:
         return {"Proxy-Authorization": f"Basic {sent}"} if (sent := credentials(proxy)) else {}
@@ -504,13 +507,13 @@ def _is_timeout(error: Exception | None) -> bool:
     )
 
 
-def _wants_password(response: requests.Response) -> bool:
+def _wants_password(raw: Any) -> bool:
     """Whether a forward proxy asks for a user and a password; tinyproxy does so as if it were the upstream.
 
     The API itself never asks for basic authentication.
     """
-    challenge = response.raw.headers.get("www-authenticate", "").lower()
-    return response.status_code == 407 or (response.status_code == 401 and challenge.startswith("basic"))
+    challenge = raw.headers.get("www-authenticate", "").lower()
+    return bool(raw.status == 407 or (raw.status == 401 and challenge.startswith("basic")))
 
 
 def _refused_tunnel(error: Exception | None) -> str | None:

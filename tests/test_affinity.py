@@ -49,8 +49,7 @@ class Accounts(HTTPAdapter):
         self.asked.append(name)
         status, content = self.reply(name, json.loads(request.body))
         headers = {"content-type": "application/json"}
-        raw = urllib3.HTTPResponse(io.BytesIO(content), headers, status, preload_content=False)
-        return self.build_response(request, raw)
+        return urllib3.HTTPResponse(io.BytesIO(content), headers, status, preload_content=False)
 
     def client(self, weights, affinity="prompt_cache", clock=None, models=None, **settings):
         """The proxy in front of them."""

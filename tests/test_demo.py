@@ -33,7 +33,7 @@ def ask(place, body):
 
 
 def read(response):
-    return b"".join(iter(lambda: response.raw.read1(65536), b""))
+    return b"".join(iter(lambda: response.read1(65536), b""))
 
 
 def without(message, *names):
@@ -57,7 +57,7 @@ def app_of(*places, **settings):
 
 def test_the_whole_answer_is_a_message_of_the_model_that_was_asked_for():
     response = ask("answers", ASK)
-    assert (response.status_code, response.headers["content-type"]) == (200, "application/json")
+    assert (response.status, response.headers["content-type"]) == (200, "application/json")
     message = Message.model_validate_json(read(response))
     assert message.model == "claude-opus-4-8"
     assert "demo" in message.content[0].text
@@ -67,13 +67,13 @@ def test_the_whole_answer_is_a_message_of_the_model_that_was_asked_for():
 def test_the_stream_spells_the_same_message_as_the_whole_answer():
     whole = json.loads(read(ask("answers", ASK)))
     response = ask("answers", {**ASK, "stream": True})
-    assert (response.status_code, response.headers["content-type"]) == (200, "text/event-stream")
+    assert (response.status, response.headers["content-type"]) == (200, "text/event-stream")
     assert without(collected(parse(read(response))), *OURS) == without(whole, *OURS)
 
 
 def test_the_stream_is_well_formed_and_comes_in_many_pieces():
     response = ask("answers", {**ASK, "stream": True})
-    pieces = list(iter(lambda: response.raw.read1(65536), b""))
+    pieces = list(iter(lambda: response.read1(65536), b""))
     framer = Framer()
     assert all(framer.feed(piece) == piece for piece in pieces)  # each piece is whole events
     names = [event.name.decode() for event in parse(b"".join(pieces))]
@@ -100,7 +100,7 @@ def test_the_stream_is_seen_to_stream(monkeypatch):
 def test_the_overloaded_one_always_says_so_in_the_api_s_shape(stream):
     response = ask("overloaded", {**ASK, "stream": stream})
     body = json.loads(read(response))
-    assert (response.status_code, response.headers["content-type"]) == (529, "application/json")
+    assert (response.status, response.headers["content-type"]) == (529, "application/json")
     assert body["error"]["type"] == "overloaded_error"
     assert body["request_id"] == response.headers["request-id"]
 
