@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -25,9 +27,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in missing:
         print(f"{name} is not installed: see bench/README.md")
     plan = QUICK if options.quick else Plan()
+    load = os.getloadavg()[0]
     begun = time.monotonic()
     rounds = [_round(number, targets, plan) for number in range(1, options.rounds + 1)]
-    facts = _facts(targets, time.monotonic() - begun)
+    facts = _facts(targets, load, time.monotonic() - begun)
     _write(options.output, rounds, [each.name for each in targets], facts, missing)
     return 0 if all(len(each) == len(targets) for each in rounds) else 1
 
@@ -62,10 +65,11 @@ def _round(number: int, targets: Sequence[Target], plan: Plan) -> dict[str, Figu
     return found
 
 
-def _facts(targets: Sequence[Target], seconds: float) -> dict[str, str]:
+def _facts(targets: Sequence[Target], load: float, seconds: float) -> dict[str, str]:
     versions = {each.name: each.version() for each in targets if each.start is not None}
     facts = {name: str(value) for name, value in machine().items()}
     when = {"date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "took": f"{seconds:.0f} s"}
+    facts["load average before"] = f"{load:.2f}"
     return {**facts, "Python": sys.version.split()[0], **versions, **when}
 
 
@@ -75,7 +79,7 @@ def _write(
     folder.mkdir(exist_ok=True)
     (folder / "RESULTS.md").write_text(results.text(rounds, names, facts, missing))
     (folder / "results.json").write_text(json.dumps({"facts": facts, "rounds": rounds}, indent=1) + "\n")
-    shown = [name for name in names if name not in {results.DIRECT, results.TWO_WORKERS}]
+    shown = [name for name in names if name not in {results.DIRECT, results.TWO_WORKERS, results.IN_MEMORY}]
     if shown:
         from bench.chart import draw  # noqa: PLC0415 - matplotlib is only needed here
 
@@ -84,4 +88,5 @@ def _write(
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that what was started is ended
     sys.exit(main())

@@ -40,6 +40,6 @@ def draw(rounds: Rounds, names: Sequence[str], path: Path) -> None:
         field.grid(axis="x", color="#d0d7de", linewidth=0.6)
         field.set_axisbelow(True)
         field.tick_params(axis="y", length=0)
-    figure.suptitle("Less is better; logarithmic scale; whiskers are the range of the rounds", fontsize=11)
+    figure.suptitle("Less is better. Logarithmic scale; whiskers: range of the rounds", fontsize=11)
     figure.savefig(path, dpi=110, facecolor="white")
     plt.close(figure)

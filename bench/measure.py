@@ -34,7 +34,7 @@ class Plan:
     @property
     def deltas(self) -> int:
         """So many that the stream which began first outlasts the last part."""
-        return math.ceil((self.opening + self.steady + self.probing + 0.8) * traffic.RATE)
+        return math.ceil((self.opening + self.steady + self.probing + 0.5) * traffic.RATE)
 
 
 @dataclass
@@ -69,8 +69,10 @@ def measure(target: Target, plan: Plan, idle: bool = False) -> Figures:
         (folder / "target").mkdir()
         with serve(target, folder / "target", upstream_port) as running:
             bench = _Bench(folder, running, upstream, target.headers(upstream_port))
-            figures = bench.requests("small", [traffic.small()], plan)
-            figures |= bench.requests("large", [traffic.large() for _ in range(CLIENTS)], plan)
+            figures = bench.requests("large", [traffic.large() for _ in range(CLIENTS)], plan)
+            if target.only_large:
+                return figures
+            figures |= bench.requests("small", [traffic.small()], plan)
             figures |= bench.streams(plan)
             if idle and running.pid:
                 figures["idle_percent"] = _idle(running.pid, plan.idle)

@@ -10,7 +10,8 @@ from bench.traffic import RATE
 #: The figures of each target, round by round; a target that failed in a round is not in it.
 Rounds = Sequence[dict[str, Figures]]
 
-AIPROXY, TWO_WORKERS, NGINX, DIRECT = "aiproxy", "aiproxy, 2 workers", "nginx", "direct"
+AIPROXY, TWO_WORKERS, DIRECT = "aiproxy", "aiproxy, 2 workers", "direct"
+NGINX, IN_MEMORY = "nginx", "nginx, bodies in memory"
 ROUTER, PORTKEY = "claude-code-router", "Portkey"
 
 
@@ -146,9 +147,10 @@ def text(rounds: Rounds, names: Sequence[str], facts: dict[str, str], missing: S
         "# Results",
         "Written by `make bench`; [README.md](README.md) tells what is measured and how.",
         *([f"Not installed, so not in here: {', '.join(missing)}."] if missing else []),
-        f"Medians of {len(rounds)} rounds, with their range. Requests: {CLIENTS} clients. Streams: {STREAMS} "
-        f"at once, {RATE} deltas a second each. CPU time is that of the whole proxy, memory the PSS of its "
-        "processes.",
+        f"Medians of {len(rounds)} round(s), with their range. Requests: {CLIENTS} clients. Streams: "
+        f"{STREAMS} at once, {RATE} deltas a second each. CPU time is that of the whole proxy, memory the "
+        f"PSS of its processes. `{NGINX}` writes bodies above 16 KB to a file and reads them again, as is "
+        f"its default; `{IN_MEMORY}` is spared that, and measured with such requests only.",
         _table(rounds, proxies, ROWS),
         "![aiproxy's cost by the others'](results.png)",
         "## aiproxy by the others",
@@ -157,10 +159,10 @@ def text(rounds: Rounds, names: Sequence[str], facts: dict[str, str], missing: S
         "## Goals",
         _goals(goals(rounds)),
         "## Beside that",
-        _table(rounds, proxies, _MORE),
-        "## The load itself",
         f"`{DIRECT}` is without a proxy: what clients and upstream can do, and the delay that they add.",
-        _table(rounds, names, [*_LOAD, *ROWS[3:5], *_MORE]),
+        _table(rounds, names, [*ROWS[3:5], *_MORE]),
+        "## What the load itself costs",
+        _table(rounds, names, _LOAD),
         "## Where",
         "\n".join(f"- {name}: {value}" for name, value in facts.items()),
     ]

@@ -10,7 +10,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -24,6 +23,9 @@ ROOT = HERE.parent
 PEERS = HERE / "peers"
 MODULES = PEERS / "node_modules"
 UPSTREAM_MODEL = "claude-opus-4-8"
+
+# gunicorn's settings are to be the default ones.
+_ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "GUNICORN_CMD_ARGS"}
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Target:
     """A proxy, or none at all: `start` then is None, and the clients talk to the upstream.
 
     `start` writes the configuration into a folder of its own and gets the port to listen on and the
-    upstream's. `headers` are what its clients must send beside the usual ones.
+    upstream's. `headers` are what its clients must send beside the usual ones. `only_large`: nothing but
+    the requests of 300 KB is measured.
     """
 
     name: str
@@ -47,6 +50,7 @@ class Target:
     version: Callable[[], str]
     start: Callable[[Path, int, int], Command] | None = None
     headers: Callable[[int], dict[str, str]] = lambda _: {}
+    only_large: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ def serve(target: Target, folder: Path, upstream: int) -> Iterator[Running]:
         process = subprocess.Popen(
             command.arguments,
             cwd=ROOT,
-            env={**os.environ, **command.environment},
+            env={**_ENVIRONMENT, **command.environment},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -141,7 +145,6 @@ def _aiproxy_version() -> str:
     return _output_of("git", "-C", str(ROOT), "describe", "--always", "--dirty")
 
 
-# Bodies of 300 KB stay in memory: by default nginx would write each to a file and read it again.
 _NGINX = """
 daemon off; worker_processes 1; pid {folder}/pid; error_log {folder}/error.log; {user}
 events {{ worker_connections 1024; }}
@@ -149,7 +152,7 @@ http {{
   access_log {folder}/access.log;
   client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy; fastcgi_temp_path {folder}/fastcgi;
   uwsgi_temp_path {folder}/uwsgi; scgi_temp_path {folder}/scgi;
-  client_max_body_size 64m; client_body_buffer_size 1m;
+  client_max_body_size 64m; {more}
   upstream api {{ server 127.0.0.1:{upstream}; keepalive 128; }}
   server {{
     listen 127.0.0.1:{port};
@@ -161,10 +164,24 @@ http {{
 """
 
 
-def _nginx(folder: Path, port: int, upstream: int) -> Command:
-    user = "user root;" if os.geteuid() == 0 else ""  # else its worker could not enter the folder
-    (folder / "nginx.conf").write_text(_NGINX.format(folder=folder, user=user, port=port, upstream=upstream))
-    return Command(["nginx", "-c", str(folder / "nginx.conf"), "-e", str(folder / "error.log")])
+def _nginx(more: str = "") -> Callable[[Path, int, int], Command]:
+    """A plain reverse proxy with one worker, and `more` settings."""
+
+    def start(folder: Path, port: int, upstream: int) -> Command:
+        user = "user root;" if os.geteuid() == 0 else ""  # else its worker could not enter the folder
+        values = {"folder": folder, "port": port, "upstream": upstream, "user": user, "more": more}
+        (folder / "nginx.conf").write_text(_NGINX.format(**values))
+        return Command(["nginx", "-c", str(folder / "nginx.conf"), "-e", str(folder / "error.log")])
+
+    return start
+
+
+def _no_nginx() -> bool:
+    return shutil.which("nginx") is None
+
+
+def _nginx_version() -> str:
+    return _output_of("nginx", "-v").rpartition("/")[2]
 
 
 def _claude_code_router(folder: Path, port: int, upstream: int) -> Command:
@@ -223,13 +240,16 @@ def _litellm_version() -> str:
     return found.name.removeprefix("litellm-").removesuffix(".dist-info")
 
 
-def _python_version() -> str:
-    return f"Python {sys.version.split()[0]}"
-
-
 TARGETS = [
     Target("direct", lambda: False, lambda: "no proxy"),
-    Target("nginx", lambda: shutil.which("nginx") is None, lambda: _output_of("nginx", "-v"), _nginx),
+    Target("nginx", _no_nginx, _nginx_version, _nginx()),
+    Target(
+        "nginx, bodies in memory",
+        _no_nginx,
+        _nginx_version,
+        _nginx("client_body_buffer_size 1m;"),
+        only_large=True,
+    ),
     Target("aiproxy", lambda: False, _aiproxy_version, _aiproxy(1)),
     Target("aiproxy, 2 workers", lambda: False, _aiproxy_version, _aiproxy(2)),
     Target(
