@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test clean
+.PHONY: run test bench bench-memory bench-peers clean
 
 run: .venv/installed
 	@if [ -n "$$AIPROXY_CONFIG" ] || [ -f config.yaml ]; then \
@@ -32,5 +32,24 @@ tests/typescript/installed: tests/typescript/package-lock.json
 	  else echo "npm is missing: the tests of the TypeScript SDK will be skipped"; fi
 	@touch $@
 
+# Compares aiproxy with nginx and with the peers that are installed; bench/README.md tells more.
+bench: .venv/installed bench/.venv/installed
+	bench/.venv/bin/python -m bench $(BENCH)
+
+bench-memory: .venv/installed
+	$(PYTHON) -m bench.memory
+
+bench/.venv/installed: bench/requirements.txt
+	$(PYTHON) -m venv bench/.venv
+	bench/.venv/bin/pip install --quiet --disable-pip-version-check -r bench/requirements.txt
+	@touch $@
+
+# Half a GB, for comparison only. LiteLLM last: where it cannot be had the others are in place.
+bench-peers:
+	npm ci --silent --no-audit --no-fund --prefix bench/peers
+	$(PYTHON) -m venv bench/peers/.venv
+	bench/peers/.venv/bin/pip install --quiet --disable-pip-version-check -r bench/peers/requirements.txt
+
 clean:
 	rm -rf .venv tests/typescript/node_modules tests/typescript/installed
+	rm -rf bench/.venv bench/.build bench/peers/.venv bench/peers/node_modules

@@ -1,0 +1,115 @@
+"""The benchmark's arithmetic, its books, and one tiny run of it against this checkout's aiproxy."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from fakes import answer, error
+
+from bench import processes, results, traffic
+from bench.measure import Plan, measure
+from bench.results import AIPROXY, NGINX, Spread
+from bench.targets import TARGETS
+
+needs_compiler = pytest.mark.skipif(
+    traffic.compiler() is None and os.environ.get("AIPROXY_REQUIRE_ALL") != "1",
+    reason="a C compiler is missing",
+)
+TINY = Plan(warm=0.05, requests=0.15, opening=0.1, steady=0.2, probing=0.2, idle=0.2)
+
+
+def test_a_spread_is_the_median_and_the_range():
+    assert results.spread([3, 1, 8]) == Spread(3, 1, 8)
+    assert results.spread([]) is None
+    assert str(Spread(0.02781, 0.01, 123.4)) == "0.0278 (0.01-123)"
+    assert str(Spread(2, 2, 2)) == "2"
+
+
+def test_ratios_are_of_figures_of_the_same_round():
+    rounds = [
+        {AIPROXY: {"small_ms": 2.0}, NGINX: {"small_ms": 1.0}},
+        {AIPROXY: {"small_ms": 9.0}, NGINX: {"small_ms": 3.0}},
+        {AIPROXY: {"small_ms": 100.0}},  # nginx failed in this one
+    ]
+    assert results.ratio(rounds, "small_ms", AIPROXY, NGINX) == Spread(2.5, 2, 3)
+    assert results.difference(rounds, "small_ms", AIPROXY, NGINX) == Spread(3.5, 1, 6)
+    assert results.ratio(rounds, "delta_us", AIPROXY, NGINX) is None
+
+
+def test_goals_tell_what_is_met_what_is_not_and_what_nobody_measured():
+    rounds = [{AIPROXY: {"small_ms": 23.0, "memory_mb": 71.0}, NGINX: {"small_ms": 1.0}}]
+    goals = {each.title: each.is_met for each in results.goals(rounds)}
+    assert goals["CPU a request of 1 KB, by nginx's"] is True
+    assert goals["memory at 100 streams"] is False
+    assert goals["CPU when idle"] is None
+
+
+def test_results_name_who_is_missing_and_leave_no_gap_in_the_table():
+    rounds = [{AIPROXY: {"small_ms": 1.5}, NGINX: {"small_ms": 0.5, "large_ms": 0.25}}]
+    text = results.text(rounds, [NGINX, AIPROXY], {"cores": "2"}, ["LiteLLM"])
+    assert "Not installed, so not in here: LiteLLM." in text
+    assert "| CPU ms a request of 1 KB | 0.5 | 1.5 |" in text
+    assert "| CPU ms a request of 300 KB | 0.25 | - |" in text
+    assert "- cores: 2" in text
+
+
+def test_cpu_time_counts_living_and_ended_descendants():
+    burn = "import time\nwhile time.process_time() < {}: pass\n"
+    script = f"""
+import subprocess, sys
+subprocess.run([sys.executable, "-c", {burn.format(0.2)!r}])
+child = subprocess.Popen([sys.executable, "-c", {burn.format(0.2)!r} + "print(flush=True); input()"],
+    stdin=subprocess.PIPE)
+input()
+"""
+    python = [sys.executable, "-c", script]
+    with subprocess.Popen(python, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()  # the second child has done its work
+        assert 0.4 <= processes.cpu(process.pid) < 2
+        assert len(processes.tree(process.pid)) == 2
+        assert processes.memory_mb(process.pid) > 2
+        process.stdin.close()
+
+
+def test_bodies_have_the_sizes_that_are_told_of():
+    assert 900 < len(traffic.small()) < 1024
+    assert 300_000 <= len(traffic.large()) < 305_000
+    assert traffic.large() != traffic.large()  # each is of another session
+
+
+@needs_compiler
+def test_a_tiny_run_measures_aiproxy():
+    traffic.build()
+    target = next(each for each in TARGETS if each.name == AIPROXY)
+    found = measure(target, TINY)
+    for row in results.ROWS:
+        assert found[row.figure] > 0, row.title
+    assert found["deltas_percent"] > 50
+    assert found["unfinished"] == 0
+
+
+@needs_compiler
+def test_clients_and_upstream_do_without_a_proxy(tmp_path):
+    traffic.build()
+    marks = []
+    stream, probe = tmp_path / "stream", tmp_path / "probe"
+    stream.write_bytes(traffic.wire({}, traffic.small(30)))
+    probe.write_bytes(traffic.wire({}, traffic.small(2)))
+    with traffic.upstream() as (_, port):
+        found = traffic.run("streams", port, 10, 0.05, 0.1, 0.1, 50, stream, probe, mark=marks.append)
+    assert len(marks) == 4
+    assert 40 <= found["deltas"] <= 60  # 10 streams, 50 a second, 0.1 seconds
+    assert found["first_bytes"]["count"] == found["probes"] == 5
+    assert 0 <= found["delays"]["p50"] <= found["delays"]["p99"] < 50
+    assert found["unfinished"] == 0
+
+
+@needs_compiler
+def test_an_answer_that_is_not_the_upstream_s_ends_the_run(tmp_path, upstream):
+    traffic.build()
+    request = tmp_path / "request"
+    request.write_bytes(traffic.wire({}, traffic.small()))
+    for fake in (upstream(default=error(529)), upstream(default=answer("of somebody else's"))):
+        with pytest.raises(traffic.TrafficError, match="answers were wrong"):
+            traffic.run("requests", fake.port, 1, 0, 5, 3, request, mark=lambda _: None)
