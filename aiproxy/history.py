@@ -109,7 +109,7 @@ class History:
         with self._lock:
             one = self._of(upstream)
             one.minute(int(now // 60)).failures += 1
-            one.failures.appendleft(Failed(now, model[:_REASON], reason[:_REASON]))
+            one.failures.appendleft(Failed(now, _printable(model), _printable(reason)))
 
     def used(self, upstream: str, report: Report) -> None:
         """What an answer says it used."""
@@ -190,6 +190,11 @@ class _Upstream:
             tokens=tokens,
             first_byte=_median(classes),
         )
+
+
+def _printable(text: str) -> str:
+    """Text that a client or an upstream sent, as it can be shown anywhere: no half characters, no control."""
+    return "".join(sign if sign.isprintable() else " " for sign in text[:_REASON])
 
 
 def _median(classes: Mapping[int, int]) -> float | None:

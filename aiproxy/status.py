@@ -22,7 +22,8 @@ class Row(msgspec.Struct, frozen=True):
 
     name: str
     host: str
-    state: str  # closed, half_open, resting, open or draining
+    state: str  # the circuit's (closed, half_open, resting, open), or draining
+    circuit: str  # the circuit's in any case
     tried_again_in: float  # seconds; 0 where it is in use
     failures_in_a_row: int
     weight: int
@@ -57,17 +58,18 @@ class Status(msgspec.Struct, frozen=True):
 def rows(upstreams: Sequence[Upstream], history: History) -> list[Row]:
     """A row for each upstream."""
     records = {upstream.name: history.of(upstream.name) for upstream in upstreams}
-    weights = sum(upstream.weight for upstream in upstreams)
+    weights = sum(upstream.weight for upstream in upstreams if not upstream.draining)
     answers = sum(record.answers for record in records.values())
     return [
         Row(
             name=upstream.name,
             host=urlsplit(upstream.settings.base_url).netloc,
             state=upstream.state,
+            circuit=circuit.state,
             tried_again_in=circuit.seconds,
             failures_in_a_row=circuit.failures,
             weight=upstream.weight,
-            weight_share=upstream.weight / weights,
+            weight_share=0.0 if upstream.draining else upstream.weight / weights,
             traffic_share=record.answers / answers if answers else None,
             models=sorted(upstream.settings.available_models),
             must_stream=upstream.settings.must_stream,

@@ -249,6 +249,33 @@ def test_a_broken_stream_is_a_failure_with_its_reason(upstream):
     assert row["last_failures"][0]["reason"].startswith("broke off in the middle: ")
 
 
+def test_a_model_of_half_a_character_breaks_neither_page_nor_json(upstream):
+    app = app_of(upstream(error(400), error(529)), admin_key=ADMIN)
+    for _ in range(2):
+        app.test_client().post(
+            "/v1/messages", data=b'{"model":"claude-\\ud800"}', content_type="application/json"
+        )
+    assert facts(app)["upstreams"][0]["last_failures"][0]["model"] == "claude- "
+    assert app.test_client().get("/status", headers=basic(ADMIN.key)).status_code == 200
+
+
+def test_a_drained_upstream_s_circuit_is_told_too(upstream):
+    app = app_of(upstream(*[error(500)] * 3), upstream(), admin_key=ADMIN)
+    for _ in range(4):
+        app.test_client().post("/v1/messages", json=ASK)
+    press(app, "a", "drain")
+    first, second = facts(app)["upstreams"]
+    assert (first["state"], first["circuit"], first["weight_share"]) == ("draining", "open", 0)
+    assert second["weight_share"] == 1
+    page = app.test_client().get("/status", headers=basic(ADMIN.key)).get_data(as_text=True)
+    assert "circuit open for 30 min more" in page
+    press(app, "a", "close")
+    assert (facts(app)["upstreams"][0]["state"], facts(app)["upstreams"][0]["circuit"]) == (
+        "draining",
+        "closed",
+    )
+
+
 def test_its_buttons_do_what_they_say(upstream):
     a, b = upstream(*[error(500)] * 3), upstream()
     app = app_of(a, b, admin_key=ADMIN)

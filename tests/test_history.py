@@ -135,3 +135,9 @@ def test_no_count_is_lost_between_threads(history):
     for thread in threads:
         thread.join()
     assert (history.of("a").answers, history.of("a").failed) == (2000, 2000)
+
+
+def test_what_strangers_sent_can_be_shown_anywhere(history):
+    history.failed("a", "claude-\ud800", "one\ntwo\u202ethree\x1b[2J")
+    (failure,) = history.of("a").failures
+    assert (failure.model, failure.reason) == ("claude- ", "one two three [2J")
