@@ -16,7 +16,7 @@ needs_compiler = pytest.mark.skipif(
     traffic.compiler() is None and os.environ.get("AIPROXY_REQUIRE_ALL") != "1",
     reason="a C compiler is missing",
 )
-TINY = Plan(warm=0.05, requests=0.15, opening=0.1, steady=0.2, probing=0.2, idle=0.2)
+TINY = Plan(warm=0.05, requests=0.15, full_speed=0.1, opening=0.1, steady=0.2, probing=0.2, idle=0.2)
 
 
 def test_a_spread_is_the_median_and_the_range():
@@ -112,4 +112,4 @@ def test_an_answer_that_is_not_the_upstream_s_ends_the_run(tmp_path, upstream):
     request.write_bytes(traffic.wire({}, traffic.small()))
     for fake in (upstream(default=error(529)), upstream(default=answer("of somebody else's"))):
         with pytest.raises(traffic.TrafficError, match="answers were wrong"):
-            traffic.run("requests", fake.port, 1, 0, 5, 3, request, mark=lambda _: None)
+            traffic.run("requests", fake.port, 1, 0, 0, 5, 3, request, mark=lambda _: None)
