@@ -106,10 +106,11 @@ def test_clients_and_upstream_do_without_a_proxy(tmp_path):
 
 
 @needs_compiler
-def test_an_answer_that_is_not_the_upstream_s_ends_the_run(tmp_path, upstream):
+def test_an_error_and_an_answer_without_the_mark_end_the_run(tmp_path, upstream):
     traffic.build()
     request = tmp_path / "request"
     request.write_bytes(traffic.wire({}, traffic.small()))
-    for fake in (upstream(default=error(529)), upstream(default=answer("of somebody else's"))):
+    mark = "@t0000000000000000001.00000000;"
+    for fake in (upstream(default=error(529, message=mark)), upstream(default=answer("no mark"))):
         with pytest.raises(traffic.TrafficError, match="answers were wrong"):
             traffic.run("requests", fake.port, 1, 0, 0, 5, 3, request, mark=lambda _: None)
