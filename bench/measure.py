@@ -32,7 +32,7 @@ class Plan:
     opening: float = 0.8
     steady: float = 2.3
     probing: float = 2.3
-    idle: float = 4.0
+    idle: float = 3.0
 
     @property
     def deltas(self) -> int:
