@@ -14,7 +14,7 @@ from bench.measure import Figures, Plan, machine, measure
 from bench.targets import TARGETS, Target
 
 HERE = Path(__file__).parent
-QUICK = Plan(warm=0.2, requests=1.0, opening=0.5, steady=0.5, probing=0.5, idle=1.0)
+QUICK = Plan(warm=0.2, requests=1.0, full_speed=0.3, opening=0.5, steady=0.5, probing=0.5, idle=1.0)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

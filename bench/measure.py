@@ -12,6 +12,8 @@ from bench import processes, traffic
 from bench.targets import Running, Target, serve
 
 CLIENTS = 16
+#: Seconds between the requests of one client, where it gets its answers in time.
+APART = {"small": CLIENTS / 200, "large": CLIENTS / 100}
 STREAMS = 100
 PROBES = 40  # new streams a second beside the others
 PROBE_DELTAS = 5
@@ -24,12 +26,13 @@ Figures = dict[str, float]
 class Plan:
     """How long each part takes, in seconds."""
 
-    warm: float = 0.5
-    requests: float = 1.8
-    opening: float = 1.0
-    steady: float = 2.5
-    probing: float = 2.5
-    idle: float = 4.0
+    warm: float = 0.3
+    requests: float = 1.6
+    full_speed: float = 0.8
+    opening: float = 0.8
+    steady: float = 2.3
+    probing: float = 2.3
+    idle: float = 3.0
 
     @property
     def deltas(self) -> int:
@@ -69,10 +72,13 @@ def measure(target: Target, plan: Plan, idle: bool = False) -> Figures:
         (folder / "target").mkdir()
         with serve(target, folder / "target", upstream_port) as running:
             bench = _Bench(folder, running, upstream, target.headers(upstream_port))
-            figures = bench.requests("large", [traffic.large() for _ in range(CLIENTS)], plan)
+            large = [traffic.large() for _ in range(CLIENTS)]
+            figures = bench.requests("large", APART["large"], large, plan.warm, plan.requests)
             if target.only_large:
                 return figures
-            figures |= bench.requests("small", [traffic.small()], plan)
+            small = [traffic.small()]
+            figures |= bench.requests("small", APART["small"], small, plan.warm, plan.requests)
+            figures |= bench.requests("full_speed", 0, small, plan.warm, plan.full_speed)
             figures |= bench.streams(plan)
             if idle and running.pid:
                 figures["idle_percent"] = _idle(running.pid, plan.idle)
@@ -88,21 +94,20 @@ class _Bench:
         self._upstream = upstream
         self._headers = headers
 
-    def requests(self, size: str, bodies: list[bytes], plan: Plan) -> Figures:
+    def requests(self, name: str, apart: float, bodies: list[bytes], warm: float, seconds: float) -> Figures:
         """Clients that ask one thing after the other: CPU ms a request, and how many a second."""
         meter = _Meter(self._running.pid, self._upstream)
-        files = self._files(size, bodies)
-        found = traffic.run(
-            "requests", self._running.port, CLIENTS, plan.warm, plan.requests, 0, *files, mark=meter
-        )
+        times = (apart, warm, seconds)
+        files = self._files(name, bodies)
+        found = traffic.run("requests", self._running.port, CLIENTS, *times, 0, *files, mark=meter)
         _, cpu, clients, upstream = meter.spent()
         if not found["requests"]:
-            raise traffic.TrafficError(f"no {size} request was answered in {plan.requests} s")
+            raise traffic.TrafficError(f"no answer in {seconds} s")
         return {
-            f"{size}_ms": cpu * 1000 / found["requests"],
-            f"{size}_per_second": found["requests"] / found["seconds"],
-            f"{size}_clients_us": clients * 1e6 / found["requests"],
-            f"{size}_upstream_us": upstream * 1e6 / found["requests"],
+            f"{name}_ms": cpu * 1000 / found["requests"],
+            f"{name}_per_second": found["requests"] / found["seconds"],
+            f"{name}_clients_us": clients * 1e6 / found["requests"],
+            f"{name}_upstream_us": upstream * 1e6 / found["requests"],
         }
 
     def streams(self, plan: Plan) -> Figures:

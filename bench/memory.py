@@ -52,7 +52,7 @@ def _part(running: Running, folder: Path, requests: int, streams: int) -> float:
     stream = folder / "stream"
     stream.write_bytes(traffic.wire({}, traffic.small(DELTAS)))
     for clients, count, paths in ((CLIENTS, requests, files), (STREAMS, streams, [stream])):
-        traffic.run("requests", running.port, clients, 0, _LIMIT, count, *paths, mark=lambda _: None)
+        traffic.run("requests", running.port, clients, 0, 0, _LIMIT, count, *paths, mark=lambda _: None)
     return processes.resident_mb(running.pid)
 
 

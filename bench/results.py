@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from bench.measure import CLIENTS, STREAMS, Figures
+from bench.measure import APART, CLIENTS, STREAMS, Figures
 from bench.traffic import RATE
 
 #: The figures of each target, round by round; a target that failed in a round is not in it.
@@ -37,10 +37,14 @@ _MORE = [
     Row("delay_p50_ms", "delta delay p50, ms"),
     Row("first_byte_p50_ms", "first byte p50, ms"),
     Row("deltas_percent", "deltas that came in time, %"),
-    Row("small_per_second", "1 KB requests a second"),
-    Row("large_per_second", "300 KB requests a second"),
+    Row("small_per_second", "requests of 1 KB a second"),
+    Row("large_per_second", "requests of 300 KB a second"),
+    Row("full_speed_per_second", "requests of 1 KB a second, at full speed"),
+    Row("full_speed_ms", "CPU ms a request of 1 KB, at full speed"),
 ]
 _LOAD = [
+    Row("full_speed_clients_us", "clients, CPU µs a request of 1 KB, at full speed"),
+    Row("full_speed_upstream_us", "upstream, CPU µs a request of 1 KB, at full speed"),
     Row("small_clients_us", "clients, CPU µs a request of 1 KB"),
     Row("small_upstream_us", "upstream, CPU µs a request of 1 KB"),
     Row("large_clients_us", "clients, CPU µs a request of 300 KB"),
@@ -147,10 +151,11 @@ def text(rounds: Rounds, names: Sequence[str], facts: dict[str, str], missing: S
         "# Results",
         "Written by `make bench`; [README.md](README.md) tells what is measured and how.",
         *([f"Not installed, so not in here: {', '.join(missing)}."] if missing else []),
-        f"Medians of {len(rounds)} round(s), with their range. Requests: {CLIENTS} clients. Streams: "
-        f"{STREAMS} at once, {RATE} deltas a second each. CPU time is that of the whole proxy, memory the "
-        f"PSS of its processes. `{NGINX}` writes bodies above 16 KB to a file and reads them again, as is "
-        f"its default; `{IN_MEMORY}` is spared that, and measured with such requests only.",
+        f"Medians of {len(rounds)} round(s), with their range. Requests: {CLIENTS} clients, "
+        f"{CLIENTS / APART['small']:.0f} a second of 1 KB, {CLIENTS / APART['large']:.0f} of 300 KB. "
+        f"Streams: {STREAMS} at once, {RATE} deltas a second each. CPU time is that of the whole proxy, "
+        f"memory the PSS of its processes. `{NGINX}` writes bodies above 16 KB to a file and reads them "
+        f"again, as is its default; `{IN_MEMORY}` is spared that, and measured with such requests only.",
         _table(rounds, proxies, ROWS),
         "![aiproxy's cost by the others'](results.png)",
         "## aiproxy by the others",

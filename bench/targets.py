@@ -142,7 +142,11 @@ def _aiproxy(workers: int) -> Callable[[Path, int, int], Command]:
 
 
 def _aiproxy_version() -> str:
-    return _output_of("git", "-C", str(ROOT), "describe", "--always", "--dirty")
+    """The latest commit that touched what is measured."""
+    git = ["git", "-C", str(ROOT)]
+    measured = ["--", "aiproxy", "gunicorn.conf.py", "wsgi.py", "requirements.txt"]
+    commit = _output_of(*git, "log", "-1", "--format=%h", *measured)
+    return f"{commit}, changed" if _output_of(*git, "status", "--porcelain", *measured) else commit
 
 
 _NGINX = """

@@ -16,7 +16,7 @@ needs_compiler = pytest.mark.skipif(
     traffic.compiler() is None and os.environ.get("AIPROXY_REQUIRE_ALL") != "1",
     reason="a C compiler is missing",
 )
-TINY = Plan(warm=0.05, requests=0.15, opening=0.1, steady=0.2, probing=0.2, idle=0.2)
+TINY = Plan(warm=0.05, requests=0.15, full_speed=0.1, opening=0.1, steady=0.2, probing=0.2, idle=0.2)
 
 
 def test_a_spread_is_the_median_and_the_range():
@@ -106,10 +106,11 @@ def test_clients_and_upstream_do_without_a_proxy(tmp_path):
 
 
 @needs_compiler
-def test_an_answer_that_is_not_the_upstream_s_ends_the_run(tmp_path, upstream):
+def test_an_error_and_an_answer_without_the_mark_end_the_run(tmp_path, upstream):
     traffic.build()
     request = tmp_path / "request"
     request.write_bytes(traffic.wire({}, traffic.small()))
-    for fake in (upstream(default=error(529)), upstream(default=answer("of somebody else's"))):
+    mark = "@t0000000000000000001.00000000;"
+    for fake in (upstream(default=error(529, message=mark)), upstream(default=answer("no mark"))):
         with pytest.raises(traffic.TrafficError, match="answers were wrong"):
-            traffic.run("requests", fake.port, 1, 0, 5, 3, request, mark=lambda _: None)
+            traffic.run("requests", fake.port, 1, 0, 0, 5, 3, request, mark=lambda _: None)

@@ -1,10 +1,11 @@
 /* The clients: requests one after the other on kept connections, or streams that run at the same time.
 
-   usage: clients requests PORT CLIENTS WARM SECONDS COUNT FILE...
+   usage: clients requests PORT CLIENTS APART WARM SECONDS COUNT FILE...
           clients streams PORT STREAMS OPEN STEADY PROBING PROBES STREAM-FILE... PROBE-FILE
 
    Each FILE is a request as it goes over the wire; client k sends the k-th of them, again and again.
-   `requests` warms up, then counts for so many seconds or requests, whichever is first (COUNT 0: no bound);
+   `requests` sends one every APART seconds from each client, or at once if its last answer took longer. It
+   warms up, then counts for so many seconds or requests, whichever is first (COUNT 0: no bound);
    where fewer requests than clients are done by then it goes on, for five times as long at most.
    `streams` opens STREAMS in OPEN seconds, watches them for STEADY, then begins PROBES new ones a second
    for PROBING seconds. Prints "begin" and "end" at each part's bounds, where the CPU clocks are to be
@@ -28,7 +29,8 @@ typedef struct {
     enum { LOOP, STREAM, PROBE } kind;
     const Request *request;
     size_t sent;
-    int64_t begun;
+    int64_t begun, due;
+    bool is_waiting; /* until its next request is due */
     bool is_answered; /* the first byte of its body is here */
     Message message;
     int stamps; /* of the answer in hand */
@@ -37,6 +39,9 @@ typedef struct {
 } Link;
 
 static int epoll, timer, port;
+static Link **loopers; /* the clients of `requests` */
+static int looper_count;
+static int64_t apart;
 static bool is_measuring, is_ending;
 static int measured_from; /* requests that were done when measuring began */
 static int done, failed, reconnected, ended;
@@ -175,6 +180,15 @@ static Link *new_link(int kind, const Request *request) {
     return link;
 }
 
+static void ask_again(Link *link) {
+    link->is_waiting = false;
+    link->begun = now_ns();
+    link->due += apart;
+    if (link->due < link->begun) link->due = link->begun;
+    if (link->fd < 0) open_link(link);
+    else ask(link);
+}
+
 /* An answer that is whole, or will not become so. */
 static void finish(Link *link, bool is_whole) {
     int expected = link->request->stamps;
@@ -193,11 +207,10 @@ static void finish(Link *link, bool is_whole) {
     if (!is_whole || link->message.closes) {
         reconnected++;
         close(link->fd);
-        open_link(link);
-        return;
+        link->fd = -1;
     }
-    link->begun = now_ns();
-    ask(link);
+    if (now_ns() < link->due) link->is_waiting = true;
+    else ask_again(link);
 }
 
 static void receive(Link *link) {
@@ -215,7 +228,10 @@ static void receive(Link *link) {
 /* Wait until the time at most, once; true once it has come. */
 static bool turn(int64_t until) {
     struct epoll_event events[64];
-    set_timer(timer, until);
+    int64_t next = until;
+    for (int i = 0; i < looper_count; i++)
+        if (loopers[i]->is_waiting && loopers[i]->due < next) next = loopers[i]->due;
+    set_timer(timer, next);
     int ready = epoll_wait(epoll, events, 64, -1);
     for (int i = 0; i < ready; i++) {
         Link *link = events[i].data.ptr;
@@ -223,6 +239,9 @@ static bool turn(int64_t until) {
         if (events[i].events & EPOLLOUT) push(link);
         if (events[i].events & ~(uint32_t)EPOLLOUT) receive(link);
     }
+    int64_t now = looper_count > 0 ? now_ns() : 0;
+    for (int i = 0; i < looper_count; i++)
+        if (loopers[i]->is_waiting && loopers[i]->due <= now) ask_again(loopers[i]);
     return now_ns() >= until;
 }
 
@@ -247,24 +266,44 @@ static void print_end(void) {
     printf("\"failed\": %d, \"reconnected\": %d}\n", failed, reconnected);
 }
 
+static void begin_loops(int clients, const Request *kinds, int files) {
+    int64_t begun = now_ns();
+    loopers = calloc((size_t)clients, sizeof *loopers);
+    for (int i = 0; i < clients; i++) {
+        run_until(begun + apart * i / clients);
+        Link *link = new_link(LOOP, &kinds[i % files]);
+        link->due = link->begun + apart;
+        loopers[i] = link;
+        looper_count++;
+    }
+}
+
+/* What is on its way comes to its end, so that nothing of it falls into what is measured next. */
+static void end_loops(void) {
+    is_ending = true;
+    for (int i = 0; i < looper_count; i++) ended += loopers[i]->is_waiting;
+    int clients = looper_count;
+    looper_count = 0;
+    int64_t patience = now_ns() + 20 * SECOND;
+    while (ended < clients && !turn(patience)) {}
+}
+
 static int requests(int count, char **arguments) {
-    int clients = atoi(arguments[1]), bound = atoi(arguments[4]), files = count - 5;
+    int clients = atoi(arguments[1]), bound = atoi(arguments[5]), files = count - 6;
     Request *kinds = calloc((size_t)files, sizeof *kinds);
-    for (int i = 0; i < files; i++) kinds[i] = load(arguments[5 + i]);
-    for (int i = 0; i < clients; i++) new_link(LOOP, &kinds[i % files]);
-    run_until(now_ns() + in_seconds(arguments[2]));
+    for (int i = 0; i < files; i++) kinds[i] = load(arguments[6 + i]);
+    apart = in_seconds(arguments[2]);
+    begin_loops(clients, kinds, files);
+    run_until(now_ns() + in_seconds(arguments[3]));
     begin_measuring();
-    int64_t begun = now_ns(), until = begun + in_seconds(arguments[3]);
+    int64_t begun = now_ns(), until = begun + in_seconds(arguments[4]);
     while (!turn(until) && (bound == 0 || done - measured_from < bound)) {}
     /* Of a slow proxy so many that those begun before and those not yet done make no odds. */
     while (bound == 0 && done - measured_from < clients && !turn(begun + 5 * (until - begun))) {}
     int measured = done - measured_from;
     double seconds = (double)(now_ns() - begun) / SECOND;
     end_measuring();
-    /* What is on its way comes to its end, so that nothing of it falls into what is measured next. */
-    is_ending = true;
-    int64_t patience = now_ns() + 20 * SECOND;
-    while (ended < clients && !turn(patience)) {}
+    end_loops();
     printf("{\"requests\": %d, \"seconds\": %.3f, ", measured, seconds);
     print_times("durations", &durations);
     print_end();
@@ -274,7 +313,7 @@ static int requests(int count, char **arguments) {
 static int streams(int count, char **arguments) {
     int number = atoi(arguments[1]), files = count - 6, probes = 0;
     int64_t opening = in_seconds(arguments[2]), steady = in_seconds(arguments[3]);
-    int64_t probing = in_seconds(arguments[4]), apart = SECOND / atoi(arguments[5]);
+    int64_t probing = in_seconds(arguments[4]), interval = SECOND / atoi(arguments[5]);
     Request *kinds = calloc((size_t)files, sizeof *kinds);
     for (int i = 0; i < files; i++) kinds[i] = load(arguments[6 + i]);
     Request *probe = &kinds[--files];
@@ -293,8 +332,8 @@ static int streams(int count, char **arguments) {
     run_until(now_ns() + SECOND / 4); /* memory is read meanwhile */
     from = now_ns();
     mark("begin");
-    for (; from + apart * probes < from + probing; probes++) {
-        run_until(from + apart * probes);
+    for (; from + interval * probes < from + probing; probes++) {
+        run_until(from + interval * probes);
         new_link(PROBE, probe);
     }
     run_until(from + probing);
@@ -317,7 +356,7 @@ int main(int count, char **arguments) {
     epoll = epoll_create1(EPOLL_CLOEXEC);
     timer = new_timer(epoll);
     port = atoi(arguments[2]);
-    if (strcmp(arguments[1], "requests") == 0 && count >= 8) return requests(count - 2, arguments + 2);
+    if (strcmp(arguments[1], "requests") == 0 && count >= 9) return requests(count - 2, arguments + 2);
     if (strcmp(arguments[1], "streams") == 0 && count >= 10) return streams(count - 2, arguments + 2);
     return 2;
 }
