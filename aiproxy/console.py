@@ -16,7 +16,7 @@ from .errors import ApiError
 from .headers import Pairs
 from .service import Service
 from .status import as_html, as_json
-from .views import own
+from .views import arrived, own
 
 _TEXT = "text/plain; charset=utf-8"
 _FRESH = [("cache-control", "no-store")]
@@ -74,7 +74,7 @@ def create_console(service: Service) -> flask.Blueprint:
         if challenge := _challenge():
             return challenge
         _check_origin()
-        form = parse_qs(flask.g.upload.read(_LARGEST_FORM).decode(errors="replace"))
+        form = parse_qs(arrived().upload.read(_LARGEST_FORM).decode(errors="replace"))
         upstream, action = (form.get(name, [""])[0] for name in ("upstream", "action"))
         if not service.act(upstream, action):
             raise ApiError(400, "invalid_request_error", "No such upstream, or no such action.")
@@ -85,7 +85,7 @@ def create_console(service: Service) -> flask.Blueprint:
 
 def _challenge() -> flask.Response | None:
     """What a request without the admin key gets; None with it. Without such a setting there is no page."""
-    key: ClientKey | None = flask.g.doors.config.admin_key
+    key: ClientKey | None = arrived().doors.config.admin_key
     if key is None:
         raise ApiError(404, "not_found_error", "aiproxy has no admin_key, and so no status page.")
     password = _password(flask.request.headers.get("authorization", ""))
@@ -93,7 +93,7 @@ def _challenge() -> flask.Response | None:
         return None
     error = ApiError(401, "authentication_error", "The password is aiproxy's admin_key, the user any name.")
     headers: Pairs = [("www-authenticate", 'Basic realm="aiproxy", charset="UTF-8"'), *_FRESH]
-    return own(error.status, error.body(flask.g.request_id), headers)
+    return own(error.status, error.body(arrived().id), headers)
 
 
 def _password(authorization: str) -> bytes:

@@ -20,7 +20,6 @@ import msgspec
 import requests
 import urllib3
 from requests.adapters import HTTPAdapter
-from requests.structures import CaseInsensitiveDict
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.util import SKIP_HEADER
@@ -32,6 +31,7 @@ from .resolver import Address, Resolver
 from .watch import Reason, Watcher
 
 PIECE = 65536  # bytes asked for at a time
+_LONGEST_LINE, _MOST_LINES = 65536, 100  # of an answer's head: http.client's own bounds
 POOL = 1024  # kept connections a host; more than any worker has threads
 
 # As the official SDKs do: NATs drop connections that are silent for long, and a whole answer may be
@@ -262,42 +262,61 @@ class _Current(threading.local):
 _current = _Current()
 
 
-class _Head:
-    """The head of an answer being read: knows whether it came to its end."""
-
-    def __init__(self, file: Any) -> None:
-        self._file = file
-        self._last = b""
-
-    @property
-    def is_cut(self) -> bool:
-        """Whether the connection ended where the blank line should stand."""
-        return not self._last
-
-    def readline(self, limit: int) -> bytes:
-        self._last = self._file.readline(limit)
-        return self._last
-
-    def close(self) -> None:
-        self._file.close()
-
-
 class _Answer(http.client.HTTPResponse):
-    """Notes the first byte of an answer, and takes no half head for one, which http.client does."""
+    """Notes the first byte of an answer, and reads its head by itself.
+
+    http.client takes a head for whole that ends in the middle, and has it parsed by the email package,
+    which takes longer than all the rest of a response.
+    """
 
     def begin(self) -> None:
         if _current.call is not None and self.fp.peek(1):
             _current.call.heard = True
-        file, head = self.fp, _Head(self.fp)
-        self.fp = head  # type: ignore[assignment]
-        try:
-            super().begin()
-        finally:
-            if self.fp is not None:  # it is None where no body follows
-                self.fp = file
-        if head.is_cut:
-            self.close()
-            raise http.client.IncompleteRead(b"")
+        version, status, reason = self._read_status()  # type: ignore[attr-defined]
+        while status == http.client.CONTINUE:
+            self._fields()
+            version, status, reason = self._read_status()  # type: ignore[attr-defined]
+        if not version.startswith("HTTP/1."):
+            raise http.client.UnknownProtocol(version)
+        self.code = self.status = status
+        self.reason = reason.strip()
+        self.version = 10 if version == "HTTP/1.0" else 11
+        self.headers = self.msg = self._fields()
+        self._frame()
+
+    def _fields(self) -> http.client.HTTPMessage:
+        """The header lines, each value as it was sent; a line that is none is left out."""
+        fields = http.client.HTTPMessage()
+        name, value, count = "", "", 0
+        while (line := self.fp.readline(_LONGEST_LINE + 1)) not in (b"\r\n", b"\n"):
+            count += 1
+            if not line:
+                raise http.client.IncompleteRead(b"")
+            if len(line) > _LONGEST_LINE or count > _MOST_LINES:
+                raise http.client.HTTPException("the head is too large")
+            text = line.decode("latin-1").rstrip("\r\n")
+            if text[:1] in (" ", "\t"):  # RFC 9112 section 5.2: a folded line goes on
+                value += f"\r\n{text}"
+                continue
+            if name:
+                fields.set_raw(name, value)
+            name, colon, value = text.partition(":")
+            name, value = name if colon else "", value.strip(" \t")
+        if name:
+            fields.set_raw(name, value)
+        return fields
+
+    def _frame(self) -> None:
+        """How the body ends (RFC 9112 section 6.3)."""
+        self.chunked = (self.headers.get("transfer-encoding") or "").lower() == "chunked"
+        self.chunk_left = None
+        length = self.headers.get("content-length") or ""
+        self.length = int(length) if length.isdecimal() and not self.chunked else None
+        if self.status in (204, 304) or self.status < 200 or self._method == "HEAD":  # type: ignore[attr-defined]
+            self.length = 0
+        # Without either, only its close ends the body.
+        unbounded = self.length is None and not self.chunked
+        self.will_close = unbounded or self._check_close()  # type: ignore[attr-defined]
 
 
 class _Connection(HTTPConnection):
@@ -471,10 +490,10 @@ def _prepared(outgoing: Outgoing) -> requests.PreparedRequest:
     request = requests.PreparedRequest()
     request.method = outgoing.method
     request.url = outgoing.url
-    request.headers = CaseInsensitiveDict(outgoing.headers)
-    request.headers.setdefault("user-agent", SKIP_HEADER)  # else urllib3 would add its own
+    headers: Any = {"user-agent": SKIP_HEADER, **dict(outgoing.headers)}  # else urllib3 would add its own
+    request.headers = headers
     if outgoing.body:
-        request.headers["Content-Length"] = str(len(outgoing.body))
+        headers["Content-Length"] = str(len(outgoing.body))
         request.body = outgoing.body
     return request
 

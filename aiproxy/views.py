@@ -23,12 +23,12 @@ from .errors import ApiError, status_line
 from .forwarder import Cut
 from .gate import Slot
 from .headers import Pairs
-from .keys import Keys, secrets_in
+from .keys import secrets_in
 from .relay import Relay
 from .service import Doors, Service
 from .upload import Upload
 from .upstream import MESSAGES
-from .watch import Client, Scope, Watcher
+from .watch import Client, Scope
 from .whole import Whole
 
 #: Paths that clients and monitors probe; answered at once, in silence and to everyone.
@@ -36,6 +36,17 @@ _PROBES = ("/", "/api/hello")
 _NO_BODY = body.Body(raw=b"", members={}, model="", stream=False)
 
 Forward = Callable[[Request, Cut], Reply]
+
+
+class Arrival(msgspec.Struct, frozen=True):
+    """What a request came with. Flask's own proxies cost a microsecond at each touch."""
+
+    id: str
+    doors: Doors  # to the request's end, whatever becomes of the configuration
+    environ: dict[str, Any]
+    method: str
+    path: str
+    upload: Upload
 
 
 class Response(flask.Response):
@@ -53,18 +64,18 @@ class Response(flask.Response):
 class Visit:
     """One request's stay: its place in flight, and the watch on its client. Left exactly once."""
 
-    def __init__(self, slot: Slot, watcher: Watcher, upload: Upload) -> None:
+    def __init__(self, slot: Slot, arrival: Arrival) -> None:
         self.scope = Scope()
         self._slot = slot
-        self._watcher = watcher
-        self._upload = upload
+        self._arrival = arrival
         self._client: Client | None = None
 
-    def watch(self, client: socket.socket | None) -> None:
+    def watch(self) -> None:
         """From now on the client's leaving, or a restart, ends the request: its upload, then its calls."""
-        self.scope.enter(self._upload)
+        self.scope.enter(self._arrival.upload)
+        client = self._arrival.environ.get("gunicorn.socket")
         if client is not None:
-            self._client = self._watcher.client(client, self.scope)
+            self._client = self._arrival.doors.watcher.client(client, self.scope)
 
     def see_out(self, content: bytes | Relay) -> Relay | Whole:
         """The response body: its last bytes free the place in flight, its close ends the watch."""
@@ -73,7 +84,7 @@ class Visit:
             body: Relay | Whole = content
         else:
             body = Whole(content, on_last=self._slot.leave, on_close=self._close)
-            if flask.request.method == "HEAD":  # the client waits for no piece of it
+            if self._arrival.method == "HEAD":  # the client waits for no piece of it
                 self._slot.leave()
         if self._client is not None:
             self._client.follow(lambda: body.bytes)
@@ -86,7 +97,7 @@ class Visit:
 
     def _close(self) -> None:
         self._unwatch()
-        self._upload.end()
+        self._arrival.upload.end()
 
     def _unwatch(self) -> None:
         if self._client is not None:
@@ -103,37 +114,45 @@ def create_blueprint(service: Service) -> flask.Blueprint:
 
     @blueprint.before_app_request
     def identify() -> None:
-        doors = service.doors
-        flask.g.request_id = f"req_{uuid.uuid4().hex[:24]}"
-        flask.g.doors = doors  # to the request's end, whatever becomes of the configuration
-        flask.g.upload = Upload(flask.request.environ, doors.watcher)
+        request = flask.request
+        environ, doors = request.environ, service.doors
+        flask.g.arrival = Arrival(
+            id=f"req_{uuid.uuid4().hex[:24]}",
+            doors=doors,
+            environ=environ,
+            method=request.method,
+            path=request.path,
+            upload=Upload(environ, doors.watcher),
+        )
 
     @route(MESSAGES, "POST")
     def messages() -> flask.Response:
-        doors = _doors()
-        return _forwarded(doors, doors.forwarder.forward)
+        arrival = arrived()
+        return _forwarded(arrival, arrival.doors.forwarder.forward)
 
     @route("/v1/messages/count_tokens", "POST")
     def count_tokens() -> flask.Response:
-        doors = _doors()
-        return _forwarded(doors, doors.forwarder.count_tokens)
+        arrival = arrived()
+        return _forwarded(arrival, arrival.doors.forwarder.count_tokens)
 
     @route("/v1/models", "GET")
     def models() -> flask.Response:
-        doors = _doors()
+        arrival = arrived()
+        doors = arrival.doors
         if not doors.models.are_listed:
-            return _forwarded(doors, doors.forwarder.pass_on)
-        _check_key(doors.keys)
+            return _forwarded(arrival, doors.forwarder.pass_on)
+        _check_key(arrival)
         return own(200, doors.models.page(flask.request.args))
 
     @route("/v1/models/<path:name>", "GET")
     def model(name: str) -> flask.Response:
-        doors = _doors()
+        arrival = arrived()
+        doors = arrival.doors
         if not doors.models.are_listed:
             if {".", ".."} & set(name.split("/")):  # no way to other endpoints of the account
                 raise ApiError(404, "not_found_error", f"model: {name}")
-            return _forwarded(doors, doors.forwarder.pass_on, f"/v1/models/{quote(name, safe='')}")
-        _check_key(doors.keys)
+            return _forwarded(arrival, doors.forwarder.pass_on, f"/v1/models/{quote(name, safe='')}")
+        _check_key(arrival)
         return own(200, doors.models.one(name))
 
     for path in _PROBES:
@@ -158,14 +177,14 @@ def _add_error_handlers(blueprint: flask.Blueprint) -> None:
 
     @blueprint.app_errorhandler(Exception)
     def bug(error: Exception) -> flask.Response:
-        logs.exception("bug", id=flask.g.request_id)
+        logs.exception("bug", id=arrived().id)
         return _turn_away(ApiError(500, "api_error", "Internal error in aiproxy; its log tells more."))
 
 
-def _doors() -> Doors:
-    """Those by which the request at hand came in."""
-    doors: Doors = flask.g.doors
-    return doors
+def arrived() -> Arrival:
+    """The request at hand."""
+    arrival: Arrival = flask.g.arrival
+    return arrival
 
 
 def _probe() -> flask.Response:
@@ -173,21 +192,22 @@ def _probe() -> flask.Response:
     return _response(200, [("content-type", "text/plain")], b"aiproxy\n")
 
 
-def _forwarded(doors: Doors, forward: Forward, path: str | None = None) -> flask.Response:
+def _forwarded(arrival: Arrival, forward: Forward, path: str | None = None) -> flask.Response:
     """Let a request in, send it on, to `path` if it is not the client's, and see it out."""
     began = time.monotonic()
+    doors = arrival.doors
     slot = doors.gate.enter()
     if slot is None:
         busy = ApiError(529, "overloaded_error", "aiproxy has as many requests in flight as it may have.")
         return _turn_away(busy, [("retry-after", "1")])
-    visit = Visit(slot, doors.watcher, flask.g.upload)
+    visit = Visit(slot, arrival)
     try:
-        client = _check_key(doors.keys)
-        visit.watch(flask.request.environ.get("gunicorn.socket"))
-        request = _request(doors, client, visit.scope, began)
+        client = _check_key(arrival)
+        visit.watch()
+        request = _request(arrival, client, visit.scope, began)
         if path is not None:
             request = msgspec.structs.replace(request, path=path)
-        return _answer(forward(request, _cutter()), visit)
+        return _answer(forward(request, _cutter(arrival.environ)), visit)
     except ApiError as error:
         try:
             return _refusal(error)  # in its place in flight: what reads a body away takes a thread
@@ -208,30 +228,31 @@ def _answer(reply: Reply, visit: Visit) -> flask.Response:
         raise
 
 
-def _check_key(keys: Keys) -> str | None:
+def _check_key(arrival: Arrival) -> str | None:
     """The name of the client's key, None where none is required. Raises `ApiError` 401."""
+    keys = arrival.doors.keys
     if not keys.are_required:
         return None
-    owner = keys.owner(_client_headers(flask.request.environ))
+    owner = keys.owner(_client_headers(arrival.environ))
     if owner is None:
         raise ApiError(401, "authentication_error", "This is no key of aiproxy's.")
     return owner
 
 
-def _request(doors: Doors, client: str | None, scope: Scope, began: float) -> Request:
+def _request(arrival: Arrival, client: str | None, scope: Scope, began: float) -> Request:
     """Read the request and log its arrival."""
-    environ = flask.request.environ
+    doors, environ = arrival.doors, arrival.environ
     headers = tuple(_client_headers(environ))
-    if flask.request.method == "POST":
-        read = body.read(flask.g.upload.read(doors.config.max_body))
+    if arrival.method == "POST":
+        read = body.read(arrival.upload.read(doors.config.max_body))
     else:
-        flask.g.upload.drop()
+        arrival.upload.drop()
         read = _NO_BODY
         headers = tuple(pair for pair in headers if not pair[0].startswith("content-"))
     request = Request(
-        id=flask.g.request_id,
-        method="GET" if flask.request.method == "HEAD" else flask.request.method,
-        path=flask.request.path,
+        id=arrival.id,
+        method="GET" if arrival.method == "HEAD" else arrival.method,
+        path=arrival.path,
         query=environ.get("QUERY_STRING", ""),
         headers=headers,
         body=read,
@@ -256,14 +277,14 @@ def _client_headers(environ: dict[str, Any]) -> Pairs:
     return pairs
 
 
-def _cutter() -> Cut:
+def _cutter(environ: dict[str, Any]) -> Cut:
     """What breaks off the client's connection, so that it cannot take a stream's early end for a clean one.
 
     The plain socket's method, also where gunicorn itself speaks TLS: see `transport`. gunicorn then finds
     the connection broken when it writes the end of the body, and closes it. Both ways, else its main
     thread would wait two seconds for the client to close too, and accept nobody meanwhile.
     """
-    client: socket.socket | None = flask.request.environ.get("gunicorn.socket")
+    client: socket.socket | None = environ.get("gunicorn.socket")
 
     def cut() -> None:
         if client is None:
@@ -290,7 +311,7 @@ def own(
     status: int, content: bytes, headers: Pairs | None = None, type_: str = "application/json"
 ) -> flask.Response:
     """An answer that no upstream had a part in."""
-    pairs = [("content-type", type_), ("request-id", flask.g.request_id), *(headers or [])]
+    pairs = [("content-type", type_), ("request-id", arrived().id), *(headers or [])]
     return _response(status, pairs, content)
 
 
@@ -300,9 +321,10 @@ def _turn_away(error: ApiError, headers: Pairs | None = None) -> flask.Response:
     Reading its body away takes a thread all the same: few may at a time, so that some stay free to
     answer; of the others the body is given up, and with it the connection.
     """
-    slot = _doors().drains.enter()
+    arrival = arrived()
+    slot = arrival.doors.drains.enter()
     if slot is None:
-        flask.g.upload.give_up()
+        arrival.upload.give_up()
         return _refusal(error, headers)
     try:
         return _refusal(error, headers)
@@ -312,12 +334,12 @@ def _turn_away(error: ApiError, headers: Pairs | None = None) -> flask.Response:
 
 def _refusal(error: ApiError, headers: Pairs | None = None) -> flask.Response:
     """An error of our own, after what is left of the request's body has been read and dropped."""
-    flask.g.upload.drop()
-    request_id = flask.g.request_id
-    secrets = secrets_in(_client_headers(flask.request.environ))
-    _doors().journal.refused(request_id, flask.request.path, secrets, error)
-    response = own(error.status, error.body(request_id), headers)
-    response.call_on_close(flask.g.upload.end)
+    arrival = arrived()
+    arrival.upload.drop()
+    secrets = secrets_in(_client_headers(arrival.environ))
+    arrival.doors.journal.refused(arrival.id, arrival.path, secrets, error)
+    response = own(error.status, error.body(arrival.id), headers)
+    response.call_on_close(arrival.upload.end)
     return response
 
 
