@@ -6,7 +6,7 @@ _master = Master()
 
 bind = _master.config.address
 worker_class = "aiproxy.worker.Worker"  # gthread's, which stops without losing a request
-workers = 1
+workers = _master.config.workers
 threads = 256  # one a request in flight, streams included
 worker_connections = 2048  # kept-alive connections wait without a thread
 timeout = 60  # seconds without a sign of life of the worker's main thread; no bound on requests

@@ -41,9 +41,12 @@ def key_of(setting: str, client: str, headers: Iterable[tuple[str, str]], body: 
 
 
 def _uses_cache(raw: bytes) -> bool:
-    """Whether a body sets a cache breakpoint. The plain search first: it is ten times as fast."""
-    at = raw.find(b'"cache_control"')
-    return at >= 0 and _USES_CACHE.search(raw, at) is not None
+    """Whether a body sets a cache breakpoint; most conversations do in their last message.
+
+    The plain search comes first: it is ten times as fast as the expression.
+    """
+    last = raw.rfind(b'"cache_control"')
+    return last >= 0 and (_USES_CACHE.match(raw, last) or _USES_CACHE.search(raw)) is not None
 
 
 def rank(upstreams: Sequence[Upstream], key: str) -> list[Upstream]:

@@ -126,6 +126,7 @@ class Config(msgspec.Struct, frozen=True):
     allow_anonymous: bool = False
     affinity: str = "prompt_cache"
     max_in_flight: int | None = None
+    workers: int = 1
     admin_key: ClientKey | None = None
     upstreams: tuple[UpstreamSettings, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -845,6 +846,13 @@ def _client_key(value: _Value) -> ClientKey:
     return ClientKey(found.get("name") or "", found.get("key") or "")
 
 
+def _workers(value: _Value) -> int:
+    """A number, or `auto` for one a core of those that this process may use."""
+    if value.text().lower() == "auto":
+        return len(os.sched_getaffinity(0))
+    return _whole("a whole number, 1 or more, or auto", 1)(value)
+
+
 def _admin_key(value: _Value) -> ClientKey:
     return ClientKey("admin", _token(value))
 
@@ -956,6 +964,7 @@ _CONFIG: dict[str, Callable[[_Value], Any]] = {
     "allow_anonymous": _boolean,
     "affinity": _one_of("none", "prompt_cache", "prefix"),
     "max_in_flight": _whole("a whole number, 1 or more", 1),
+    "workers": _workers,
     "admin_key": _hidden(_admin_key),
     "upstreams": _upstreams,
 }

@@ -23,7 +23,7 @@ LOOK = 0.5
 LAST_GOOD = "AIPROXY_LAST_GOOD"
 
 #: Settings that gunicorn reads once, at its start.
-_NEED_RESTART = ("bind", "listen")
+_NEED_RESTART = ("bind", "listen", "workers")
 #: Told otherwise: warnings by themselves, the others as `listen`.
 _LEFT_OUT = ("warnings", "port", "unix_socket")
 _LONGEST_SHOWN = 60

@@ -1430,3 +1430,18 @@ def test_faults_of_client_keys_and_routing_are_told_without_a_key(
     faults = loader.faults(text + UPSTREAMS)
     assert any(fault.startswith(told) for fault in faults), faults
     assert "t0ken" not in "".join(faults)
+
+
+@pytest.mark.parametrize(("spelt", "workers"), [("1", 1), ("4", 4), ("auto", None), ("AUTO", None)])
+def test_workers_are_a_number_or_one_a_core(tmp_path, spelt, workers):
+    path = tmp_path / "config.yaml"
+    path.write_text(f"workers: {spelt}\nupstreams: [{{base_url: 'demo://answers'}}]\n")
+    assert load(path).workers == (workers or len(os.sched_getaffinity(0)))
+
+
+@pytest.mark.parametrize("spelt", ["0", "-1", "1.5", "many", "[]"])
+def test_other_workers_are_a_fault(tmp_path, spelt):
+    path = tmp_path / "config.yaml"
+    path.write_text(f"workers: {spelt}\nupstreams: [{{base_url: 'demo://answers'}}]\n")
+    with pytest.raises(ConfigError, match="workers: is "):
+        load(path)
