@@ -5,6 +5,7 @@ and unserved for as long as a stream runs: whoever connects then waits for nothi
 """
 
 import contextlib
+import ctypes
 import os
 import select
 import sys
@@ -15,6 +16,8 @@ from gunicorn.workers.gthread import ThreadWorker
 
 #: Seconds after which a thread that computes must let another one.
 _SWITCH_INTERVAL = 0.05
+#: Of glibc's malloc.h.
+_M_ARENA_MAX = -8
 
 
 class Worker(ThreadWorker):  # type: ignore[misc]
@@ -25,6 +28,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
     def load_wsgi(self) -> None:
         """Once the application is there, tell it who serves it."""
         _pin(self.age, [listener.getsockname() for listener in self.sockets])
+        _share_arena()
         super().load_wsgi()
         self._service = self.wsgi.extensions["aiproxy"]
         self._service.serve(self.cfg.threads, [listener.getsockname() for listener in self.sockets])
@@ -74,6 +78,13 @@ def _pin(age: int, addresses: list[Any]) -> None:
     place = age + zlib.crc32(repr(addresses).encode())
     with contextlib.suppress(OSError):  # a sandbox may forbid it
         os.sched_setaffinity(0, {cores[place % len(cores)]})
+
+
+def _share_arena() -> None:
+    """One heap for all threads, which wait for one another anyway: else each of many keeps what it freed."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # glibc's
+        libc.mallopt(_M_ARENA_MAX, 1)
 
 
 def _is_waited_for(listener: Any) -> bool:
