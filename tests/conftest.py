@@ -26,6 +26,7 @@ from fakes import HOST, FakeUpstream, Reply, free_port
 ROOT = Path(__file__).resolve().parent.parent
 START_LIMIT = 10.0  # seconds
 STOP_LIMIT = 5.0
+QUIT_LIMIT = 0.4
 
 if str(ROOT) not in sys.path:  # `pytest` alone leaves it out, `python -m pytest` does not
     sys.path.insert(0, str(ROOT))
@@ -155,6 +156,23 @@ class Served:
             self._asked = True
             self.process.terminate()
 
+    def ask_to_quit(self) -> None:
+        """Send SIGQUIT, which cuts off what still runs, unless it was asked to stop."""
+        if not self._asked:
+            self._asked = True
+            self.process.send_signal(signal.SIGQUIT)
+
+    def quit(self) -> None:
+        """End it at once. A worker that is only starting misses every signal but SIGKILL."""
+        self.ask_to_quit()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(QUIT_LIMIT)
+        if self.process.poll() is None:
+            for worker in self.workers():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(worker, signal.SIGKILL)
+        self.stop()
+
     def stop(self) -> int:
         """SIGTERM, after five seconds SIGKILL to its process group; its exit code. Again does no harm."""
         self.ask_to_stop()
@@ -258,9 +276,9 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Served]]:
 
     yield start
     for served in started:
-        served.ask_to_stop()  # all of them first, so that they end side by side
+        served.ask_to_quit()  # all of them first, so that they end side by side
     for served in started:
-        served.stop()
+        served.quit()
         # pytest shows this for a test that failed.
         print(f"--- {served.url} ended with {served.process.returncode}; its standard output:")
         print("\n".join(served.stdout_lines()), served.stderr, sep="\n--- its standard error:\n")

@@ -1,15 +1,21 @@
-"""Clients that leave: their upstream's connection is closed within a second, and nothing is counted."""
+"""Clients that leave: their upstream's connection is closed within a second, and nothing is counted.
+
+One gunicorn serves most tests; each starts the upstream it needs where that gunicorn looks for it.
+"""
 
 import contextlib
 import os
 import random
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
+import yaml
+from conftest import ROOT, Served
 from fakes import HOST, RawClient, answer, blackhole, error, events, free_port, hang, later, message_events
 
 ASK = {"model": "claude-x", "messages": [{"role": "user", "content": "Hi"}]}
@@ -20,13 +26,41 @@ EACH = 1250 if os.environ.get("AIPROXY_REQUIRE_ALL") == "1" else 125
 LEFT = r" done .*outcome=client_left "
 
 SILENCES = {
-    "before the head of a stream": (STREAM, hang(), False),
-    "in the middle of a stream": (STREAM, events(SPOKEN[:5], then="hang"), False),
-    "before a stream's first content": (STREAM, events(SPOKEN[:1], then="hang"), False),
-    "while a whole answer is made": (ASK, hang(), False),
-    "while a stream is collected": (ASK, events(SPOKEN[:5], then="hang"), True),
+    "before the head of a stream": (STREAM, hang()),
+    "in the middle of a stream": (STREAM, events(SPOKEN[:5], then="hang")),
+    "before a stream's first content": (STREAM, events(SPOKEN[:1], then="hang")),
+    "while a whole answer is made": (ASK, hang()),
+    "while a stream is collected": ({**ASK, "model": "claude-whole"}, events(SPOKEN[:5], then="hang")),
 }
 WAYS = {"close": RawClient.close, "reset": RawClient.reset, "half close": RawClient.half_close}
+
+
+@pytest.fixture(scope="module")
+def proxy(tmp_path_factory):
+    """In front of one upstream, that must stream what is asked of `claude-whole`."""
+    upstream_port, port = free_port(), free_port()
+    at = {"base_url": f"http://{HOST}:{upstream_port}", "token": "sk-test-a"}
+    upstreams = [
+        {"name": "a", "available_models": ["claude-x"], **at},
+        {"name": "b", "available_models": ["claude-whole"], "must_stream": True, **at},
+    ]
+    breaker = {"failures": 10**6, "cooldown": 0}
+    path = tmp_path_factory.mktemp("leaving") / "config.yaml"
+    path.write_text(yaml.safe_dump({"listen": port, "breaker": breaker, "upstreams": upstreams}))
+    command = [sys.executable, "-m", "gunicorn", "wsgi:app"]
+    served = Served(command, ROOT, {"AIPROXY_CONFIG": str(path)}, port)
+    served.upstream_port = upstream_port
+    try:
+        served.wait_until_ready()
+        yield served
+    finally:
+        served.quit()
+
+
+@pytest.fixture
+def at(upstream, proxy):
+    """Start the upstream that the proxy asks."""
+    return lambda *script, **options: upstream(*script, port=proxy.upstream_port, **options)
 
 
 @contextlib.contextmanager
@@ -46,27 +80,25 @@ def left_within(fake, connection, client, way=RawClient.close):
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("silence", SILENCES.values(), ids=SILENCES)
-def test_the_upstream_is_let_go_within_a_second_however_silent_it_is(
-    upstream, serve, config_of, silence, way
-):
-    body, reply, must_stream = silence
-    a = upstream(default=reply)
-    served = serve(config_of([{"base_url": a, "must_stream": must_stream}]))
-    with asking(served.url, body) as client:
+def test_the_upstream_is_let_go_within_a_second_however_silent_it_is(proxy, at, silence, way):
+    body, reply = silence
+    a = at(default=reply)
+    since = len(proxy.stdout_lines())
+    with asking(proxy.url, body) as client:
         a.wait_for(1)
         assert left_within(a, 1, client, way) < 1
-    served.wait_for_log(LEFT)
+    proxy.wait_for_log(LEFT, since=since)
 
 
-def test_a_client_that_only_closed_its_side_does_not_see_its_stream_end_well(upstream, serve, config_of):
-    a = upstream(events(SPOKEN[:5], then="hang"))
-    served = serve(config_of([a]))
-    with asking(served.url, STREAM) as client:
+def test_a_client_that_only_closed_its_side_does_not_see_its_stream_end_well(proxy, at):
+    at(events(SPOKEN[:5], then="hang"))
+    since = len(proxy.stdout_lines())
+    with asking(proxy.url, STREAM) as client:
         got = client.answer()
         next(got.pieces())
         client.half_close()
         assert got.read().ending in ("cut", "reset")
-    served.wait_for_log(LEFT)
+    proxy.wait_for_log(LEFT, since=since)
 
 
 def test_leaving_counts_against_nobody_and_frees_the_place(upstream, serve, config_of):
@@ -104,14 +136,15 @@ def test_leaving_during_failover_ends_it(upstream, serve, config_of):
     assert c.seen == []
 
 
-def test_the_upstream_sees_it_within_milliseconds(upstream, serve, config_of):
-    a = upstream(default=events(SPOKEN[:5], then="hang"))
-    served = serve(config_of([a]))
+def test_the_upstream_sees_it_within_milliseconds(proxy, at):
+    a = at(default=events(SPOKEN[:5], then="hang"))
     times = []
     for n in range(20):
-        with asking(served.url, STREAM) as client:
+        since = len(proxy.stdout_lines())
+        with asking(proxy.url, STREAM) as client:
             next(client.answer().pieces())
             times.append(left_within(a, n + 1, client))
+        proxy.wait_for_log(LEFT, since=since)
     assert sorted(times)[10] < 0.1
     assert max(times) < 1
 
@@ -137,19 +170,19 @@ http {{
     reason="nginx is missing",
 )
 @pytest.mark.parametrize("body", [ASK, STREAM], ids=["whole", "stream"])
-def test_it_is_noticed_behind_nginx_too(upstream, serve, config_of, tmp_path: Path, body):
-    a = upstream(hang())
-    served = serve(config_of([a]))
+def test_it_is_noticed_behind_nginx_too(proxy, at, tmp_path: Path, body):
+    a = at(hang())
+    since = len(proxy.stdout_lines())
     port = free_port()
     config = tmp_path / "nginx.conf"
-    config.write_text(NGINX.format(folder=tmp_path, port=port, url=served.url))
+    config.write_text(NGINX.format(folder=tmp_path, port=port, url=proxy.url))
     with subprocess.Popen(["nginx", "-c", str(config), "-e", str(tmp_path / "error.log")]) as nginx:
         try:
             client = reached(port)
             client.post(body)
             a.wait_for(1)
             assert left_within(a, 1, client) < 1
-            served.wait_for_log(LEFT)
+            proxy.wait_for_log(LEFT, since=since)
         finally:
             nginx.terminate()
 
@@ -201,7 +234,7 @@ def settled(descriptors):
     """How many there are, once their number no longer falls."""
     counts = [len(os.listdir(descriptors))]
     while len(counts) < 8 or counts[-1] < counts[-8]:
-        threading.Event().wait(0.1)
+        threading.Event().wait(0.05)
         counts.append(len(os.listdir(descriptors)))
     return counts[-1]
 

@@ -787,7 +787,7 @@ def proxy(tmp_path_factory):
         served.wait_for_log("^aiproxy serves ")
         yield served
     finally:
-        served.stop()
+        served.quit()
 
 
 class Says:

@@ -110,7 +110,7 @@ def proxy(tmp_path_factory):
         served.wait_until_ready()
         yield served
     finally:
-        served.stop()
+        served.quit()
 
 
 @pytest.fixture

@@ -75,7 +75,7 @@ def proxy(tmp_path_factory):
         served.wait_until_ready()
         yield served
     finally:
-        served.stop()
+        served.quit()
 
 
 def fake(name):

@@ -151,7 +151,7 @@ def port_in_use(tmp_path_factory):
         try:
             yield served
         finally:
-            served.stop()
+            served.quit()
 
 
 def test_a_named_configuration_that_is_missing_stops_the_start_with_one_line(tmp_path):
@@ -260,7 +260,7 @@ def demo(tmp_path_factory):
         served.wait_until_ready()
         yield served
     finally:
-        served.stop()
+        served.quit()
 
 
 def test_the_demo_says_that_it_is_one(demo):

@@ -1,14 +1,20 @@
-"""The official TypeScript SDK through a real gunicorn and two misbehaving upstreams."""
+"""The official TypeScript SDK through a real gunicorn and two misbehaving upstreams.
+
+One gunicorn and one Node serve the module; each test starts the upstreams it needs, where both expect them.
+"""
 
 import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from accounts import Account
-from fakes import answer, close_now, error, events, message_events, tool_use, whole
+from conftest import ROOT, Output, Served
+from fakes import HOST, answer, close_now, error, events, free_port, message_events, tool_use, whole
 
 HERE = Path(__file__).parent / "typescript"
 READY = shutil.which("node") is not None and (HERE / "node_modules").is_dir()
@@ -19,28 +25,73 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(scope="module")
+def ports():
+    """Where the upstreams a, which is always asked first, b, and c, which must stream, are looked for."""
+    return {name: free_port() for name in "abc"}
+
+
+@pytest.fixture(scope="module")
+def proxy(tmp_path_factory, ports):
+    models = {"a": ["claude-x"], "b": ["claude-x"], "c": ["claude-whole"]}
+    config = {
+        "listen": free_port(),
+        "breaker": {"failures": 10**6, "cooldown": 0},
+        "upstreams": [
+            {
+                "name": name,
+                "base_url": f"http://{HOST}:{port}",
+                "token": f"sk-test-{name}",
+                "weight": 1000 if name == "a" else 1,
+                "available_models": models[name],
+                "must_stream": name == "c",
+            }
+            for name, port in ports.items()
+        ],
+    }
+    path = tmp_path_factory.mktemp("typescript") / "config.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    command = [sys.executable, "-m", "gunicorn", "wsgi:app", "--graceful-timeout", "2"]
+    served = Served(command, ROOT, {"AIPROXY_CONFIG": str(path)}, config["listen"])
+    try:
+        served.wait_until_ready()
+        yield served
+    finally:
+        served.quit()
+
+
+@pytest.fixture(scope="module")
+def run(proxy):
+    """Run one scenario of client.mjs through the proxy."""
+    with subprocess.Popen(
+        ["node", str(HERE / "client.mjs"), proxy.url],
+        env={"PATH": os.environ["PATH"]},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        encoding="utf-8",
+    ) as node:
+        told = Output(node.stdout)
+
+        def go(scenario, model="claude-x"):
+            before = len(told.lines())
+            node.stdin.write(f"{scenario} {model}\n")
+            node.stdin.flush()
+            return json.loads(told.wait_for("^{.*}$", 30, before)[0])
+
+        yield go
+        node.stdin.close()
+        told.join()
+
+
 @pytest.fixture
-def run(serve, config_of):
-    """Run one scenario of client.mjs through a proxy in front of these upstreams."""
-
-    def go(scenario, *upstreams, **settings):
-        served = serve(config_of(upstreams, **settings))
-        ran = subprocess.run(
-            ["node", str(HERE / "client.mjs"), served.url, scenario],
-            env={"PATH": os.environ["PATH"]},
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=True,
-        )
-        return json.loads(ran.stdout)
-
-    return go
+def at(upstream, ports):
+    """Start one of the upstreams."""
+    return lambda name, reply: upstream(default=reply, port=ports[name])
 
 
-def test_a_message_is_created_though_the_first_upstream_fails(run, upstream):
-    a, b = upstream(default=error(529)), upstream(default=answer("hello"))
-    done = run("create", {"base_url": a, "weight": 9}, b)["done"]
+def test_a_message_is_created_though_the_first_upstream_fails(run, at):
+    a, b = at("a", error(529)), at("b", answer("hello"))
+    done = run("create")["done"]
     assert done["content"][0]["text"] == "hello"
     assert len(a.seen) == 1
     assert b.seen[0].header("x-api-key") == "sk-test-b"
@@ -48,32 +99,34 @@ def test_a_message_is_created_though_the_first_upstream_fails(run, upstream):
     assert b.seen[0].header("user-agent").startswith("Anthropic/JS")
 
 
-def test_a_stream_arrives_live(run, upstream):
+def test_a_stream_arrives_live(run, at):
     paced = [each for one in message_events(["one ", "two ", "three"]) for each in (one, 0.1)]
-    done = run("stream", upstream(default=close_now()), upstream(default=events(paced)))["done"]
+    at("a", close_now())
+    at("b", events(paced))
+    done = run("stream")["done"]
     assert done["message"]["content"][0]["text"] == "one two three"
     assert [text for text, _ in done["arrivals"]] == ["one ", "two ", "three"]
     times = [at for _, at in done["arrivals"]]
     assert times[2] - times[0] > 100  # milliseconds; in one piece they would come together
 
 
-def test_tool_input_is_put_together(run, upstream):
-    one = upstream(default=answer("x", tool=tool_use()))
-    content = run("stream", one)["done"]["message"]["content"]
+def test_tool_input_is_put_together(run, at):
+    at("a", answer("x", tool=tool_use()))
+    content = run("stream")["done"]["message"]["content"]
     assert content[-1]["type"] == "tool_use"
     assert content[-1]["input"] == tool_use()["input"]
 
 
-def test_an_upstream_that_must_stream_answers_whole(run, upstream):
-    one = upstream(default=answer("whole"))
-    assert run("create", {"base_url": one, "must_stream": True})["done"]["content"][0]["text"] == "whole"
-    assert one.seen[0].json()["stream"] is True
+def test_an_upstream_that_must_stream_answers_whole(run, at):
+    c = at("c", answer("whole"))
+    assert run("create", "claude-whole")["done"]["content"][0]["text"] == "whole"
+    assert c.seen[0].json()["stream"] is True
 
 
-def test_the_tool_runner_s_threads_work_over_two_accounts(run, upstream):
+def test_the_tool_runner_s_threads_work_over_two_accounts(run, at):
     accounts = [Account(name, rounds=2) for name in "ab"]
-    fakes = [upstream(default=each) for each in accounts]
-    done = run("tools", *fakes)["done"]
+    fakes = [at(each, account) for each, account in zip("ab", accounts, strict=True)]
+    done = run("tools")["done"]
     assert done["content"][-1]["text"].endswith("after 5")
     assert [each.lost for each in accounts] == [0, 0]
     asked = [request.json()["thread"]["type"] for fake in fakes for request in fake.seen]
@@ -94,34 +147,38 @@ def test_the_tool_runner_s_threads_work_over_two_accounts(run, upstream):
         (529, "OverloadedError"),
     ],
 )
-def test_errors_are_the_right_class_and_unmodified(run, upstream, status, kind):
+def test_errors_are_the_right_class_and_unmodified(run, at, status, kind):
     said = error(status, message="said so", details={"error_code": "some_code"})
-    failed = run("create", upstream(default=said), upstream(default=said))["failed"]
+    at("a", said)
+    at("b", said)
+    failed = run("create")["failed"]
     assert (failed["kind"], failed["status"]) == (kind, status)
     assert failed["body"]["error"]["message"] == "said so"
     assert failed["body"]["request_id"] == failed["requestID"]
 
 
 @pytest.mark.parametrize("scenario", ["stream", "events"])
-def test_a_stream_that_breaks_is_an_error_and_no_message(run, upstream, scenario):
-    failed = run(scenario, upstream(default=events(message_events(["one", "two"])[:5], then="cut")))["failed"]
+def test_a_stream_that_breaks_is_an_error_and_no_message(run, at, scenario):
+    at("a", events(message_events(["one", "two"])[:5], then="cut"))
+    failed = run(scenario)["failed"]
     assert "broke off" in json.dumps(failed)
 
 
-def test_no_upstream_at_all_is_a_server_error(run, upstream):
-    failed = run("create", upstream(default=close_now()))["failed"]
+def test_no_upstream_at_all_is_a_server_error(run, at):
+    at("a", close_now())
+    failed = run("create")["failed"]
     assert (failed["kind"], failed["status"]) == ("InternalServerError", 502)
 
 
-def test_models_are_listed_page_by_page(run, upstream):
-    one = upstream()
-    done = run("models", {"base_url": one, "available_models": ["claude-a", "claude-b"]})["done"]
-    assert done["names"] == ["claude-a", "claude-b"]
-    assert done["one"]["id"] == "claude-a"
-    assert one.seen == []
+def test_models_are_listed_page_by_page(run, at):
+    a = at("a", answer())
+    done = run("models")["done"]
+    assert done["names"] == ["claude-x", "claude-whole"]
+    assert done["one"]["id"] == "claude-x"
+    assert a.seen == []
 
 
-def test_tokens_are_counted(run, upstream):
-    lacking = upstream(default=error(404))
-    counting = upstream(default=whole(200, b'{"input_tokens":7}'))
-    assert run("countTokens", lacking, counting)["done"] == {"input_tokens": 7}
+def test_tokens_are_counted(run, at):
+    at("a", error(404))
+    at("b", whole(200, b'{"input_tokens":7}'))
+    assert run("countTokens")["done"] == {"input_tokens": 7}

@@ -1,10 +1,12 @@
-// Does one thing with the official TypeScript SDK and prints what came of it as JSON.
-// Usage: node client.mjs BASE_URL SCENARIO
+// Does things with the official TypeScript SDK and prints what came of each as a line of JSON.
+// Usage: node client.mjs BASE_URL, and on standard input lines of SCENARIO MODEL
+import readline from "node:readline";
+
 import Anthropic, * as sdk from "@anthropic-ai/sdk";
 
-const [baseURL, scenario] = process.argv.slice(2);
+const [baseURL] = process.argv.slice(2);
 const client = new Anthropic({ baseURL, apiKey: "sk-test-typescript", maxRetries: 0 });
-const ask = { model: "claude-x", max_tokens: 100, messages: [{ role: "user", content: "Hi" }] };
+const asking = { max_tokens: 100, messages: [{ role: "user", content: "Hi" }] };
 
 const getWeather = {
   type: "custom",
@@ -16,22 +18,22 @@ const getWeather = {
 };
 
 const scenarios = {
-  create: async () => await client.messages.create(ask),
+  create: async (ask) => await client.messages.create(ask),
 
-  stream: async () => {
+  stream: async (ask) => {
     const arrivals = [];
     const stream = client.messages.stream(ask);
     stream.on("text", (text) => arrivals.push([text, performance.now()]));
     return { message: await stream.finalMessage(), arrivals };
   },
 
-  events: async () => {
+  events: async (ask) => {
     const names = [];
     for await (const event of await client.messages.create({ ...ask, stream: true })) names.push(event.type);
     return names;
   },
 
-  tools: async () => {
+  tools: async (ask) => {
     const runner = client.beta.messages.toolRunner({ ...ask, tools: [getWeather] });
     return await runner.runUntilDone();
   },
@@ -42,13 +44,17 @@ const scenarios = {
     return { names, one: await client.models.retrieve(names[0]) };
   },
 
-  countTokens: async () => await client.messages.countTokens({ model: ask.model, messages: ask.messages }),
+  countTokens: async (ask) => await client.messages.countTokens({ model: ask.model, messages: ask.messages }),
 };
 
-try {
-  console.log(JSON.stringify({ done: await scenarios[scenario]() }));
-} catch (error) {
-  const { status, type, message, requestID, error: body } = error;
-  const kind = Object.keys(sdk).find((name) => error?.constructor === sdk[name]) ?? error?.constructor?.name;
-  console.log(JSON.stringify({ failed: { kind, status, type, message, requestID, body } }));
+for await (const line of readline.createInterface({ input: process.stdin })) {
+  const [scenario, model] = line.split(" ");
+  try {
+    console.log(JSON.stringify({ done: await scenarios[scenario]({ ...asking, model }) }));
+  } catch (error) {
+    const { status, type, message, requestID, error: body } = error;
+    const known = Object.keys(sdk).find((name) => error?.constructor === sdk[name]);
+    const kind = known ?? error?.constructor?.name;
+    console.log(JSON.stringify({ failed: { kind, status, type, message, requestID, body } }));
+  }
 }
