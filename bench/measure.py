@@ -154,4 +154,4 @@ def machine() -> dict[str, Any]:
     model = next(
         (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown"
     )
-    return {"CPU": model, "cores": os.cpu_count(), "kernel": os.uname().release}
+    return {"CPU": model, "cores": os.cpu_count(), "kernel": ".".join(os.uname().release.split(".")[:2])}
