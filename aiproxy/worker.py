@@ -69,15 +69,15 @@ class Worker(ThreadWorker):  # type: ignore[misc]
 def _pin(age: int, addresses: list[Any]) -> None:
     """Keep a worker on one core: Python's lock lets one thread run at a time, wherever it is.
 
-    On several cores threads hand it to one another across them, at a fifth to a half more CPU time
-    (bench/NOTES.md). `age` counts gunicorn's workers, and the address tells two instances apart, so that
-    they do not meet on a core. The switch interval is for threads that compute on a core of their own.
+    On several cores threads hand it to one another across them, at up to a third more CPU time
+    (bench/NOTES.md). `age` counts gunicorn's workers, and the port tells two instances apart, so that those
+    on neighbouring ports do not meet on a core.
     """
     sys.setswitchinterval(_SWITCH_INTERVAL)
     cores = sorted(os.sched_getaffinity(0))
-    place = age + zlib.crc32(repr(addresses).encode())
+    ports = [each[1] if isinstance(each, tuple) else zlib.crc32(str(each).encode()) for each in addresses]
     with contextlib.suppress(OSError):  # a sandbox may forbid it
-        os.sched_setaffinity(0, {cores[place % len(cores)]})
+        os.sched_setaffinity(0, {cores[(age + sum(ports)) % len(cores)]})
 
 
 def _share_arena() -> None:
