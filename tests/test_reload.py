@@ -3,6 +3,7 @@
 import os
 import re
 import threading
+import time
 
 import pytest
 import yaml
@@ -232,24 +233,38 @@ def ask(served, path="/healthz"):
         return client.read()
 
 
+def assert_each_follows(served, workers):
+    """Soon each worker follows the file: it has read it, and has a thread for that."""
+    limit = time.monotonic() + 5
+    while sum(len(os.listdir(f"/proc/{pid}/task")) > 1 for pid in served.workers()) < workers:
+        assert time.monotonic() < limit
+        threading.Event().wait(0.02)
+
+
+def assert_told_by_each(served, workers, since, line):
+    """Within two seconds each worker says this, once."""
+    limit = time.monotonic() + 2
+    while (told := len(re.findall(line, "\n".join(served.stdout_lines()[since:])))) < workers:
+        assert time.monotonic() < limit
+        threading.Event().wait(0.02)
+    assert told == workers
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_every_worker_takes_up_a_good_file_within_two_seconds_and_refuses_a_bad_one(
     upstream, serve, config_of, workers
 ):
     a, b = upstream(), upstream()
     served = serve(config_of([a]), workers=workers)
-    assert ask(served).status == 200  # a worker is up, which the port alone does not say
-    rewrite(served, config_of([b]))
-    threading.Event().wait(2)
+    assert_each_follows(served, workers)
+    assert_told_by_each(served, workers, rewrite(served, config_of([b])), "INFO reload result=applied ")
     assert [ask(served, MESSAGES).status for _ in range(12)] == [200] * 12
     assert (len(a.seen), len(b.seen)) == (0, 12)
-    rewrite(served, {"upstreams": "none"})
-    threading.Event().wait(2)
-    log = "\n".join(served.stdout_lines())
-    assert len(re.findall("ERROR reload result=refused .*upstreams", log)) == workers
+    before = rewrite(served, {"upstreams": "none"})
+    assert_told_by_each(served, workers, before, "ERROR reload result=refused .*upstreams")
     assert [ask(served, MESSAGES).status for _ in range(12)] == [200] * 12
     assert len(b.seen) == 24
-    assert "sk-test" not in log
+    assert "sk-test" not in "\n".join(served.stdout_lines())
 
 
 def test_a_live_stream_ends_as_it_began_while_the_configuration_changes(upstream, serve, config_of):

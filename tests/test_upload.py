@@ -189,7 +189,7 @@ def test_a_chunked_body_is_refused_as_soon_as_it_is_over_the_limit(connection):
     endless = itertools.repeat(b"%x\r\n%b\r\n" % (65536, b"x" * 65536))
     with trickle(connection, endless, 0.0):
         told, _ = refusal(lambda: read.read(LIMIT))
-        connection.server.shutdown(socket.SHUT_RDWR)
+        connection.client.shutdown(socket.SHUT_RDWR)  # ends a send that waits for room
     assert (told.status, told.type) == (413, "request_too_large")
 
 
