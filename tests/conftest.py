@@ -224,6 +224,34 @@ def close_apps(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture
+def watcher() -> Any:
+    """A watcher of its own."""
+    from aiproxy.watch import Watcher
+
+    return Watcher(patience=60)
+
+
+@pytest.fixture
+def transport(watcher: Any) -> Iterator[Any]:
+    """A transport of its own."""
+    from aiproxy.transport import Transport
+
+    one = Transport(watcher, 30.0)
+    yield one
+    one.close()
+
+
+@pytest.fixture
+def impatient(watcher: Any) -> Iterator[Any]:
+    """A transport whose connect timeout is short."""
+    from aiproxy.transport import Transport
+
+    one = Transport(watcher, 0.15)
+    yield one
+    one.close()
+
+
+@pytest.fixture
 def config_of() -> Callable[..., dict[str, Any]]:
     """Spell a configuration: upstreams, named a, b, ... with tokens sk-test-a, ..., and more top-level keys.
 

@@ -55,6 +55,16 @@ ERROR_TYPES = {
 _request_ids = itertools.count(1)
 
 
+class Clock:
+    """Seconds that stand still until a test moves them."""
+
+    def __init__(self, now: float = 1000.0) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
+
+
 class PeerLeft(Exception):
     """The connection ended while a reply was still using it; the fake's own threads take it quietly."""
 

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import urllib3
-from fakes import error, message_json
+from fakes import Clock, error, message_json
 from requests.adapters import HTTPAdapter
 
 from aiproxy import body
@@ -27,13 +27,6 @@ SESSION = "6f9f2a4e-1c1b-4f0e-9d55-0a3f8f6f7a11"
 OTHER = "b7c1d2e3-aaaa-4bbb-8ccc-1234567890ab"
 EPHEMERAL = {"type": "ephemeral"}
 WEIGHTS = {"a": 5, "b": 3, "c": 2}
-
-
-class Clock:
-    now = 1000.0
-
-    def __call__(self):
-        return self.now
 
 
 class Accounts(HTTPAdapter):

@@ -5,18 +5,12 @@ import threading
 from collections import Counter
 
 import pytest
+from fakes import Clock
 
 from aiproxy.balancer import Balancer
 from aiproxy.breaker import Breaker, Outcome, Pass
 from aiproxy.config import UpstreamSettings
 from aiproxy.upstream import Upstream
-
-
-class Clock:
-    now = 1000.0
-
-    def __call__(self):
-        return self.now
 
 
 def upstream(name, weight=1, available=(), mappings=None, clock=None):

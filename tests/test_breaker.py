@@ -1,16 +1,9 @@
 """The circuit breaker, on a clock that only moves when told."""
 
 import pytest
+from fakes import Clock
 
 from aiproxy.breaker import Breaker, Change, Outcome, Pass
-
-
-class Clock:
-    def __init__(self):
-        self.now = 1000.0
-
-    def __call__(self):
-        return self.now
 
 
 @pytest.fixture

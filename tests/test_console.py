@@ -8,7 +8,7 @@ import threading
 import time
 
 import pytest
-from fakes import RawClient, error, events, message_events
+from fakes import Clock, RawClient, error, events, message_events
 
 from aiproxy.app import create_app
 from aiproxy.config import ClientKey, Config, UpstreamSettings
@@ -16,16 +16,6 @@ from aiproxy.config import ClientKey, Config, UpstreamSettings
 ASK = {"model": "claude-x", "messages": [{"role": "user", "content": "Hi"}]}
 SPOKEN = message_events(["one", "two"])
 STREAMS = 248
-
-
-class Clock:
-    """Monotonic seconds that stand still until a test moves them."""
-
-    def __init__(self):
-        self.now = 1000.0
-
-    def __call__(self):
-        return self.now
 
 
 def app_of(*fakes, clock=time.monotonic, **settings):

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import urllib3
-from fakes import answer, close_now, dead_port, error, message_json, whole
+from fakes import Clock, answer, close_now, dead_port, error, message_json, whole
 from requests.adapters import HTTPAdapter
 
 from aiproxy.app import create_app
@@ -15,13 +15,6 @@ from aiproxy.config import Config, LoggingSettings, UpstreamSettings
 PATH = "/v1/messages/count_tokens"
 COUNT = b'{ "input_tokens" : 14, "new":1.10}'
 MANY = 10**9  # a weight that is always asked first
-
-
-class Clock:
-    now = 1000.0
-
-    def __call__(self):
-        return self.now
 
 
 def client_of(*upstreams, clock=None, **settings):

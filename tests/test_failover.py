@@ -20,6 +20,7 @@ import pytest
 from fakes import (
     HOST,
     BeforeBody,
+    Clock,
     FakeUpstream,
     answer,
     blackhole,
@@ -55,16 +56,6 @@ MB = 1024 * 1024
 QUESTION = {"model": "claude-x", "max_tokens": 8, "messages": [{"role": "user", "content": "Hi"}]}
 
 # ------------------------------------------------------------------------------- the proxy in process
-
-
-class Clock:
-    """The breakers' clock, which stands still until a test moves it."""
-
-    def __init__(self):
-        self.now = 5000.0
-
-    def __call__(self):
-        return self.now
 
 
 class Recorded(Breaker):
@@ -241,7 +232,7 @@ def proxy():
 
 @pytest.fixture
 def clock():
-    return Clock()
+    return Clock(5000.0)
 
 
 def seen(*upstreams):

@@ -3,24 +3,15 @@
 import threading
 
 import pytest
+from fakes import Clock
 
 from aiproxy.history import FAILURES, MINUTES, History
 from aiproxy.report import Report
 
 
-class Clock:
-    """Unix time that stands still until a test moves it."""
-
-    def __init__(self):
-        self.now = 1_000_000 * 60.0
-
-    def __call__(self):
-        return self.now
-
-
 @pytest.fixture
 def clock():
-    return Clock()
+    return Clock(1_000_000 * 60.0)
 
 
 @pytest.fixture

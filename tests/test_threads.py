@@ -10,6 +10,7 @@ import pytest
 from accounts import LOST, Account
 from anthropic import beta_tool
 from fakes import (
+    Clock,
     answer,
     close_now,
     dead_port,
@@ -29,13 +30,6 @@ from aiproxy.threads import Owners
 ROOT = Path(__file__).parent.parent
 HELLO = [{"role": "user", "content": "Hi"}]
 CREATE = {"type": "create"}
-
-
-class Clock:
-    now = 1000.0
-
-    def __call__(self):
-        return self.now
 
 
 def client_of(*upstreams, weights=(), clock=None, must_stream=False, **settings):

@@ -41,33 +41,13 @@ from fakes import (
 
 from aiproxy.policy import Fault
 from aiproxy.transport import CallFailed, Outgoing, Transport
-from aiproxy.watch import Reason, Watcher
+from aiproxy.watch import Reason
 
 MB = 1024 * 1024
 FRAMINGS = ["chunked", "length", "close"]
 BODY = b'{"model":"claude-x"}'
 MESSAGE = message_json()
 LARGE = b'{"model":"claude-x","padding":"' + b"x" * 20 * MB + b'"}'
-
-
-@pytest.fixture
-def watcher():
-    return Watcher(patience=60)
-
-
-@pytest.fixture
-def transport(watcher):
-    one = Transport(watcher, 30.0)
-    yield one
-    one.close()
-
-
-@pytest.fixture
-def impatient(watcher):
-    """A transport whose connect timeout is short."""
-    one = Transport(watcher, 0.15)
-    yield one
-    one.close()
 
 
 @pytest.fixture

@@ -42,8 +42,8 @@ from fakes import (
 from aiproxy.app import create_app
 from aiproxy.config import Config, UpstreamSettings
 from aiproxy.policy import Fault
-from aiproxy.transport import CallFailed, Outgoing, Transport
-from aiproxy.watch import Reason, Watcher
+from aiproxy.transport import CallFailed, Outgoing
+from aiproxy.watch import Reason
 
 MESSAGE = message_json()
 ASK = {"model": "claude-x", "max_tokens": 9, "messages": [{"role": "user", "content": "Hi"}]}
@@ -52,26 +52,6 @@ NEEDS_TINYPROXY = pytest.mark.skipif(
     shutil.which("tinyproxy") is None and os.environ.get("AIPROXY_REQUIRE_ALL") != "1",
     reason="tinyproxy is missing",
 )
-
-
-@pytest.fixture
-def watcher():
-    return Watcher(patience=60)
-
-
-@pytest.fixture
-def transport(watcher):
-    one = Transport(watcher, 30.0)
-    yield one
-    one.close()
-
-
-@pytest.fixture
-def impatient(watcher):
-    """A transport whose connect timeout is short."""
-    one = Transport(watcher, 0.15)
-    yield one
-    one.close()
 
 
 @pytest.fixture(scope="module")
