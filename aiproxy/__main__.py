@@ -33,6 +33,8 @@ def _summary(config: Config) -> str:
         f"clients with one of {len(config.api_keys)} api_keys" if config.api_keys else "whoever reaches it"
     )
     lines = [f"  listens on {config.address}, serves {clients}"]
+    if config.state is not None:
+        lines.append(f"  shares what it knows by way of {config.state.host}")
     for upstream in config.upstreams:
         share = f"{upstream.weight / total:.0%} of the requests" if upstream.enabled else "not enabled"
         models = ", ".join(sorted(upstream.available_models)) or "every model"

@@ -1,14 +1,18 @@
 """`create_app`: the WSGI application, and the service that is behind it."""
 
+import importlib
+import logging
 import time
 from collections.abc import Callable
 
 import flask
 
+from . import logs
 from .config import Config
 from .console import create_console
 from .metrics import Metrics
 from .service import Service
+from .state import Alone, State
 from .views import create_blueprint
 
 
@@ -22,10 +26,23 @@ def create_app(
     `app.extensions["aiproxy"]` is its `Service`, which wants to be told which server it serves and which
     file it is to follow.
     """
-    service = Service(config, clock, Metrics(metrics_directory))
+    service = Service(config, clock, Metrics(metrics_directory), _state(config))
     app = flask.Flask("aiproxy", static_folder=None)
     app.url_map.merge_slashes = False  # a doubled slash is another path, no reason for a redirect
     app.register_blueprint(create_blueprint(service))
     app.register_blueprint(create_console(service))
     app.extensions["aiproxy"] = service
     return app
+
+
+def _state(config: Config) -> State:
+    """Imported only where it is wanted: a process by itself does not pay for it."""
+    if config.state is None:
+        return Alone()
+    try:
+        state: State = importlib.import_module("aiproxy.redis_state").RedisState(config.state)
+    except ImportError as error:
+        logs.configure(config.logging)
+        logs.line(logging.ERROR, "state", result="away", reason=f"{error}: pip install -r requirements.txt")
+        return Alone()
+    return state

@@ -20,7 +20,8 @@ class Choice:
     """The next upstream, and leave for one attempt at it, which whoever takes it settles.
 
     Only the first settlement counts, so every way out of an attempt may settle. Without a permit the
-    attempt concerns no circuit breaker. What changes a circuit is logged here, outside its lock.
+    attempt concerns no circuit breaker. What changes a circuit is logged, and told to other processes, here,
+    outside its lock.
     """
 
     def __init__(self, upstream: Upstream, permit: Permit | None = None) -> None:
@@ -34,23 +35,27 @@ class Choice:
         """Give the permit back with what became of it."""
         permit, self._permit = self._permit, None
         if permit is not None:
-            self._tell(self.upstream.breaker.settle(permit, outcome))
+            self._tell(permit, self.upstream.breaker.settle(permit, outcome))
 
     def rest(self, seconds: float) -> None:
         """Give the permit back and let the upstream rest."""
         permit, self._permit = self._permit, None
         if permit is not None:
-            self._tell(self.upstream.breaker.rest(permit, seconds))
+            self._tell(permit, self.upstream.breaker.rest(permit, seconds))
 
     def commit(self) -> None:
         """The answer is committed: see `Breaker.commit`."""
         if self._permit is not None:
-            self._permit, change = self.upstream.breaker.commit(self._permit)
-            self._tell(change)
+            permit = self._permit
+            self._permit, change = self.upstream.breaker.commit(permit)
+            self._tell(permit, change)
 
-    def _tell(self, change: Change | None) -> None:
-        if change is not None:
+    def _tell(self, permit: Permit, change: Change | None) -> None:
+        if change is None:
+            return
+        if change.is_news:
             logs.circuit(self.upstream.name, change.state, change.seconds)
+        self.upstream.shared.tell(change, permit)
 
 
 class Balancer:
@@ -123,9 +128,7 @@ class Walk:
 
         With `last_resort` the open and resting ones follow, the one due soonest first.
         """
-        self._balancer.give_back(self._moved)
-        self._moved = {}
-        choice = self._preferred_one() or self._turn()
+        choice = self._usable()
         if choice is None and last_resort and self._left:
             soonest = min(self._left, key=lambda upstream: upstream.breaker.due())
             choice = Choice(soonest, soonest.breaker.acquire_last_resort())
@@ -133,15 +136,27 @@ class Walk:
             self._left.remove(choice.upstream)
         return choice
 
-    def _preferred_one(self) -> Choice | None:
+    def _usable(self) -> Choice | None:
+        """One that is in use, or on trial where no other process tries it."""
+        while True:
+            self._balancer.give_back(self._moved)
+            self._moved = {}
+            found = self._preferred_one() or self._turn()
+            if found is None:
+                return None
+            upstream, permit = found
+            if permit.kind is not Pass.TRIAL or upstream.shared.may_try(permit):
+                return Choice(upstream, permit)
+
+    def _preferred_one(self) -> tuple[Upstream, Permit] | None:
         for upstream in self._preferred:
             if upstream in self._left and (permit := upstream.breaker.acquire()) is not None:
-                return Choice(upstream, permit)
+                return upstream, permit
         return None
 
-    def _turn(self) -> Choice | None:
+    def _turn(self) -> tuple[Upstream, Permit] | None:
         turn = self._balancer.turn(self._left)
         if turn is None:
             return None
         upstream, permit, self._moved = turn
-        return Choice(upstream, permit)
+        return upstream, permit

@@ -3,8 +3,8 @@
 Closed: attempts pass. Open: after `failures` failures in a row, for `cooldown` seconds. Half-open:
 after that, one trial at a time decides. Beside it an upstream may rest, because it said when to come
 back. Whoever passes holds a `Permit` and settles it exactly once; a permit carries the breaker's
-generation, so a result from before the last opening or closing changes nothing. Callers log: methods
-say what changed, since nothing may be logged under the lock.
+generation, so a result from before the last opening or closing changes nothing. Callers log, and tell
+other processes: methods say what changed, since nothing may be logged or sent under the lock.
 """
 
 import threading
@@ -39,10 +39,20 @@ class Outcome(Enum):
 
 
 class Change(msgspec.Struct, frozen=True):
-    """A circuit that opened, closed or went to rest, for the log."""
+    """What a result changed.
+
+    A circuit is `open`, `closed` or `resting` from now on, which people want to know. A failure was counted
+    (`failed`), the count is zero again (`recovered`), a trial was given back undecided (`returned`): that is
+    for other processes alone.
+    """
 
     state: str
     seconds: float = 0.0  # until the upstream is tried again
+
+    @property
+    def is_news(self) -> bool:
+        """Whether people want to know."""
+        return self.state in ("open", "closed", "resting")
 
 
 class Circuit(msgspec.Struct, frozen=True):
@@ -53,13 +63,22 @@ class Circuit(msgspec.Struct, frozen=True):
     failures: int = 0  # in a row
 
 
+class View(msgspec.Struct, frozen=True):
+    """A circuit as one process tells another; in seconds from now, since clocks differ."""
+
+    failures: int = 0
+    open_for: float | None = None  # None: closed; 0: half-open
+    rest_for: float = 0.0
+    trial_for: float = 0.0  # another process's trial runs, for at most so long
+
+
 class Breaker:
     """Thread-safe; every method is arithmetic only and returns at once."""
 
     def __init__(self, failures: int, cooldown: float, clock: Callable[[], float]) -> None:
         """`failures` in a row open it for `cooldown` seconds of `clock`, a monotonic one."""
-        self._threshold = failures
-        self._cooldown = cooldown
+        self.threshold = failures
+        self.cooldown = cooldown
         self._clock = clock
         self._lock = threading.Lock()
         self._failures = 0
@@ -69,6 +88,7 @@ class Breaker:
         self._open_until: float | None = None
         self._rest_until = 0.0
         self._trial_running = False
+        self._trial_elsewhere_until = 0.0
 
     def usable(self) -> bool:
         """Whether `acquire` would let an attempt through."""
@@ -92,6 +112,42 @@ class Breaker:
                 return Circuit("resting", rest_for, self._failures)
             return Circuit("closed" if self._open_until is None else "half_open", 0.0, self._failures)
 
+    def view(self) -> View:
+        """What another process is to know; its own trial is not in it."""
+        with self._lock:
+            now = self._clock()
+            return View(
+                failures=self._failures,
+                open_for=None if self._open_until is None else max(0.0, self._open_until - now),
+                rest_for=max(0.0, self._rest_until - now),
+            )
+
+    def follow(self, view: View) -> Change | None:
+        """Take over what all processes together know. What this one knew besides is forgotten."""
+        with self._lock:
+            now = self._clock()
+            was_open, was_resting = self._open_until is not None, now < self._rest_until
+            is_open, is_resting = view.open_for is not None, view.rest_for > 0
+            if was_open != is_open:
+                self._generation += 1
+                self._trial_running = False
+            if view.failures > self._failures:
+                self._sequence += 1
+                self._latest_failure = self._sequence
+            self._failures = view.failures
+            self._open_until = None if view.open_for is None else now + min(view.open_for, self.cooldown)
+            self._rest_until = now + min(view.rest_for, self.cooldown)
+            self._trial_elsewhere_until = now + view.trial_for
+            if is_open != was_open:
+                return Change("open", view.open_for or 0.0) if is_open else Change("closed")
+            return Change("resting", view.rest_for) if is_resting and not was_resting else None
+
+    def defer(self, permit: Permit, seconds: float) -> None:
+        """Give a trial back that another process has; none begins here for `seconds`."""
+        with self._lock:
+            self._settle(permit, Outcome.UNDECIDED)
+            self._trial_elsewhere_until = max(self._trial_elsewhere_until, self._clock() + seconds)
+
     def close(self) -> Change | None:
         """Close the circuit by hand, and end a rest; what is under way decides nothing any more."""
         with self._lock:
@@ -100,8 +156,8 @@ class Breaker:
     def configure(self, failures: int, cooldown: float) -> None:
         """Take new settings; what is open or rests does so no longer than the new cooldown from now."""
         with self._lock:
-            self._threshold = failures
-            self._cooldown = cooldown
+            self.threshold = failures
+            self.cooldown = cooldown
             latest = self._clock() + cooldown
             self._rest_until = min(self._rest_until, latest)
             if self._open_until is not None:
@@ -147,19 +203,21 @@ class Breaker:
         """
         with self._lock:
             current = permit.generation == self._generation
-            self._settle(permit, Outcome.UNDECIDED)
-            seconds = min(seconds, self._cooldown)
+            returned = self._settle(permit, Outcome.UNDECIDED)
+            seconds = min(seconds, self.cooldown)
             until = self._clock() + seconds
             if permit.kind is Pass.LAST_RESORT or not current or until <= self._rest_until:
-                return None
+                return returned
             self._rest_until = until
-            return Change("resting", seconds) if seconds else None
+            return Change("resting", seconds) if seconds else returned
 
     def _usable(self) -> bool:
         now = self._clock()
         if now < self._rest_until:
             return False
-        return self._open_until is None or (now >= self._open_until and not self._trial_running)
+        if self._open_until is None:
+            return True
+        return now >= max(self._open_until, self._trial_elsewhere_until) and not self._trial_running
 
     def _permit(self, kind: Pass) -> Permit:
         self._sequence += 1
@@ -174,24 +232,25 @@ class Breaker:
             return self._failed(permit)
         if outcome is Outcome.SUCCESS:
             return self._succeeded(permit)
-        return None
+        return Change("returned") if permit.kind is Pass.TRIAL else None
 
     def _failed(self, permit: Permit) -> Change | None:
         self._sequence += 1
         self._latest_failure = self._sequence
         self._failures += 1
-        if permit.kind is Pass.ORDINARY and self._failures < self._threshold:
-            return None
+        if permit.kind is Pass.ORDINARY and self._failures < self.threshold:
+            return Change("failed")
         self._generation += 1
-        self._open_until = self._clock() + self._cooldown
-        return Change("open", self._cooldown)
+        self._open_until = self._clock() + self.cooldown
+        return Change("open", self.cooldown)
 
     def _succeeded(self, permit: Permit) -> Change | None:
         if permit.kind is not Pass.ORDINARY:
             return self._close()
-        if permit.began > self._latest_failure:
-            self._failures = 0
-        return None
+        if not self._failures or permit.began < self._latest_failure:
+            return None
+        self._failures = 0
+        return Change("recovered")
 
     def _close(self) -> Change | None:
         was_open = self._open_until is not None or self._clock() < self._rest_until
@@ -200,4 +259,5 @@ class Breaker:
         self._open_until = None
         self._rest_until = 0.0
         self._trial_running = False
+        self._trial_elsewhere_until = 0.0
         return Change("closed") if was_open else None

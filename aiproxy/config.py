@@ -15,7 +15,7 @@ import ssl
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import msgspec
 import yaml
@@ -75,6 +75,30 @@ class ClientKey(msgspec.Struct, frozen=True):
         return [("name", self.name), ("key", "...")]
 
 
+class StateUrl(msgspec.Struct, frozen=True):
+    """Where processes share what they know: a Redis server's URL, with its password."""
+
+    url: str
+
+    def __repr__(self) -> str:
+        return "StateUrl('...')"
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        """As `UpstreamSettings.__rich_repr__`."""
+        return [("url", "...")]
+
+    @property
+    def host(self) -> str:
+        """Without user, password and options."""
+        parts = urlsplit(self.url)
+        return parts.netloc.rpartition("@")[2] or parts.path
+
+    @property
+    def password(self) -> str:
+        """As it is sent, empty where there is none."""
+        return unquote(urlsplit(self.url).password or "")
+
+
 class UpstreamSettings(msgspec.Struct, frozen=True):
     """One upstream, enabled or not.
 
@@ -112,7 +136,8 @@ class UpstreamSettings(msgspec.Struct, frozen=True):
 class Config(msgspec.Struct, frozen=True):
     """The whole configuration; `warnings` are lines for the log, about what is odd and yet served.
 
-    Where there is a `unix_socket` (its absolute path), `bind` and `port` count for nothing.
+    Where there is a `unix_socket` (its absolute path), `bind` and `port` count for nothing. `state` is
+    where processes share what they know, None if each is by itself.
     """
 
     bind: str = "127.0.0.1"
@@ -127,6 +152,7 @@ class Config(msgspec.Struct, frozen=True):
     affinity: str = "prompt_cache"
     max_in_flight: int | None = None
     workers: int = 1
+    state: StateUrl | None = None
     admin_key: ClientKey | None = None
     upstreams: tuple[UpstreamSettings, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -628,6 +654,12 @@ _PROXY = re.compile(
     r"(?P<host>\[[^\]%]*\]|[^:/@\[\]]*)(?::(?P<port>[0-9]{1,5}))?/?",
     re.IGNORECASE | re.ASCII,
 )
+_REDIS = re.compile(
+    rf"(?:(?P<tls>rediss?)://(?:(?:{_USERINFO}|:)*@)?(?P<host>\[[^\]%]*\]|[^:/@?\[\]]+)(?::(?P<port>[0-9]{{1,5}}))?(?:/(?P<db>[0-9]{{1,5}})?)?"
+    rf"|unix://(?:(?:{_USERINFO}|:)*@)?/[^\x00-\x20\x7f?#]+)"
+    r"(?:\?(?:(?:db=[0-9]{1,5}|ssl_(?:ca_certs|certfile|keyfile)=[^\x00-\x20\x7f&#]+)(?:&|$))*)?",
+    re.IGNORECASE | re.ASCII,
+)
 _DEMOS = ("demo://answers", "demo://overloaded")
 
 _PRINTABLE_ASCII = re.compile(r"[!-~]+")
@@ -730,6 +762,21 @@ def _proxy(value: _Value) -> str:
             "other signs than letters, digits and -._~ of user and password percent-encoded"
         )
     return "http" + text[len("http") :].rstrip("/")
+
+
+def _state(value: _Value) -> StateUrl | None:
+    """It may hold a password, so no fault shows it."""
+    text = value.text()
+    if text.lower() == "memory":
+        return None
+    parts = _REDIS.fullmatch(text)
+    if not parts or (parts["host"] and not _is_url_host(parts["host"])) or int(parts["port"] or 6379) > 65535:
+        raise _Fault(
+            "is neither memory nor the URL of a Redis server, expected redis://HOST:PORT/DATABASE, "
+            "rediss://:PASSWORD@HOST:PORT or unix:///PATH, with other signs than letters, digits and -._~ of "
+            "user and password percent-encoded"
+        )
+    return StateUrl(text)
 
 
 def _ca_bundle(value: _Value) -> str:
@@ -965,6 +1012,7 @@ _CONFIG: dict[str, Callable[[_Value], Any]] = {
     "affinity": _one_of("none", "prompt_cache", "prefix"),
     "max_in_flight": _whole("a whole number, 1 or more", 1),
     "workers": _workers,
+    "state": _hidden(_state),
     "admin_key": _hidden(_admin_key),
     "upstreams": _upstreams,
 }

@@ -54,8 +54,7 @@ def create_console(service: Service) -> flask.Blueprint:
     @blueprint.get("/metrics", provide_automatic_options=False)
     def metrics() -> flask.Response:
         """Figures for Prometheus."""
-        service.take_stock()
-        body, type_ = service.metrics.exposition()
+        body, type_ = service.exposition()
         return own(200, body, _FRESH, type_)
 
     @blueprint.get("/status", provide_automatic_options=False)

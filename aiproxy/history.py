@@ -1,12 +1,13 @@
 """What the last hour brought, minute by minute and upstream by upstream, for the status page.
 
-Of one process, and gone with it. Bounded: sixty minutes and a few failures for each upstream.
+Each process counts for itself, and forgets when it ends; what several counted can be put together.
+Bounded: sixty minutes and a few failures for each upstream.
 """
 
+import copy
 import threading
 from bisect import bisect_left
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import msgspec
 
@@ -55,6 +56,54 @@ class Tokens(msgspec.Struct):
         self.cache_write += other.cache_write
 
 
+class Counted(msgspec.Struct):
+    """What one process counts in one minute; `classes` are answers by the class of their first byte."""
+
+    attempts: int = 0
+    failures: int = 0
+    answers: int = 0
+    tokens: Tokens = msgspec.field(default_factory=Tokens)
+    classes: dict[int, int] = msgspec.field(default_factory=dict)
+
+    def note(self, seconds: float) -> None:
+        """Count seconds in their class."""
+        self._count(bisect_left(_BOUNDS, seconds), 1)
+
+    def add(self, other: "Counted") -> None:
+        """Add another's figures."""
+        self.attempts += other.attempts
+        self.failures += other.failures
+        self.answers += other.answers
+        self.tokens.add(other.tokens)
+        for place, count in other.classes.items():
+            self._count(place, count)
+
+    def shown(self) -> Minute:
+        """As a minute of the record."""
+        return Minute(self.attempts, self.failures, self.answers, _median(self.classes))
+
+    def _count(self, place: int, count: int) -> None:
+        self.classes[place] = self.classes.get(place, 0) + count
+
+
+_NOTHING = Counted()
+
+
+class Hour(msgspec.Struct):
+    """What one process knows of one upstream: minutes by their number since 1970, failures latest first."""
+
+    minutes: dict[int, Counted] = msgspec.field(default_factory=dict)
+    failures: list[Failed] = msgspec.field(default_factory=list)
+
+    def minute(self, number: int) -> Counted:
+        """The minute of that number; old ones go, and those that a clock set back has left ahead."""
+        found = self.minutes.get(number)
+        if found is None:
+            self.minutes = {n: each for n, each in self.minutes.items() if number - MINUTES < n < number}
+            found = self.minutes[number] = Counted()
+        return found
+
+
 class Record(msgspec.Struct, frozen=True):
     """One upstream's last hour; minutes from the oldest to the one that runs, failures latest first."""
 
@@ -92,7 +141,7 @@ class History:
         """`clock`: Unix time, since people read it; it may jump, which at worst loses minutes."""
         self._clock = clock
         self._lock = threading.Lock()
-        self._upstreams: dict[str, _Upstream] = {}
+        self._hours: dict[str, Hour] = {}
 
     def attempt(self, upstream: str, first_byte: float | None = None) -> None:
         """An attempt; with the seconds to the answer's head where it brought an answer."""
@@ -107,9 +156,9 @@ class History:
         """An attempt failed, or the answer that it brought broke off; `reason` holds no secret."""
         now = self._clock()
         with self._lock:
-            one = self._of(upstream)
-            one.minute(int(now // 60)).failures += 1
-            one.failures.appendleft(Failed(now, _printable(model), _printable(reason)))
+            hour = self._of(upstream)
+            hour.minute(int(now // 60)).failures += 1
+            hour.failures = [Failed(now, _printable(model), _printable(reason)), *hour.failures][:FAILURES]
 
     def used(self, upstream: str, report: Report) -> None:
         """What an answer says it used."""
@@ -126,70 +175,44 @@ class History:
     def keep(self, names: Iterable[str]) -> None:
         """Forget all other upstreams."""
         with self._lock:
-            self._upstreams = {name: self._of(name) for name in names}
+            self._hours = {name: self._of(name) for name in names}
 
-    def of(self, upstream: str) -> Record:
-        """The last hour of one upstream."""
+    def hours(self) -> dict[str, Hour]:
+        """What this process has counted, by upstream, in the last hour."""
+        oldest = self._number() - MINUTES
         with self._lock:
-            return self._of(upstream).record(self._number())
+            hours = copy.deepcopy(self._hours)
+        for hour in hours.values():
+            hour.minutes = {n: each for n, each in hour.minutes.items() if n > oldest}
+        return hours
 
-    def _of(self, name: str) -> "_Upstream":
-        return self._upstreams.setdefault(name, _Upstream())
+    def of(self, upstream: str, others: Iterable[Mapping[str, Hour]] = ()) -> Record:
+        """The last hour of one upstream, with what `others` counted."""
+        with self._lock:
+            own = copy.deepcopy(self._of(upstream))
+        return _record([own, *(each[upstream] for each in others if upstream in each)], self._number())
+
+    def _of(self, name: str) -> Hour:
+        return self._hours.setdefault(name, Hour())
 
     def _number(self) -> int:
         return int(self._clock() // 60)
 
 
-class _Minute:
-    """One minute as it fills."""
-
-    def __init__(self) -> None:
-        self.attempts = 0
-        self.failures = 0
-        self.answers = 0
-        self.tokens = Tokens()
-        self.classes: dict[int, int] = {}
-
-    def note(self, seconds: float) -> None:
-        """Count seconds in their class."""
-        place = bisect_left(_BOUNDS, seconds)
-        self.classes[place] = self.classes.get(place, 0) + 1
-
-
-class _Upstream:
-    """One upstream's minutes by their number, and its last failures."""
-
-    def __init__(self) -> None:
-        self.failures: deque[Failed] = deque(maxlen=FAILURES)
-        self._minutes: dict[int, _Minute] = {}
-
-    def minute(self, number: int) -> _Minute:
-        """The minute of that number; old ones go, and those that a clock set back has left ahead."""
-        found = self._minutes.get(number)
-        if found is None:
-            self._minutes = {
-                n: minute for n, minute in self._minutes.items() if number - MINUTES < n < number
-            }
-            found = self._minutes[number] = _Minute()
-        return found
-
-    def record(self, number: int) -> Record:
-        """The hour that ends with that minute."""
-        numbers = range(number - MINUTES + 1, number + 1)
-        minutes = [self._minutes.get(n) or _Minute() for n in numbers]
-        tokens, classes = Tokens(), dict[int, int]()
-        for minute in minutes:
-            tokens.add(minute.tokens)
-            for place, count in minute.classes.items():
-                classes[place] = classes.get(place, 0) + count
-        return Record(
-            minutes=[
-                Minute(each.attempts, each.failures, each.answers, _median(each.classes)) for each in minutes
-            ],
-            failures=list(self.failures),
-            tokens=tokens,
-            first_byte=_median(classes),
-        )
+def _record(hours: Sequence[Hour], number: int) -> Record:
+    """The hour that ends with the minute of that number."""
+    whole = Counted()
+    minutes = []
+    for n in range(number - MINUTES + 1, number + 1):
+        minute = Counted()
+        for hour in hours:
+            minute.add(hour.minutes.get(n, _NOTHING))
+        minutes.append(minute.shown())
+        whole.add(minute)
+    failures = sorted(
+        (failed for hour in hours for failed in hour.failures), key=lambda failed: failed.at, reverse=True
+    )
+    return Record(minutes, failures[:FAILURES], whole.tokens, _median(whole.classes))
 
 
 def _printable(text: str) -> str:

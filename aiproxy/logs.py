@@ -151,10 +151,13 @@ def line(level: int, event: str, **fields: Value) -> None:
         _handler().put(_Line(time.time(), logging.getLevelName(level), event, fields))
 
 
-def circuit(upstream: str, state: str, seconds: float | None = None) -> None:
-    """A circuit that opened, rests, is tried or closed; `seconds` until the upstream is tried again."""
+def circuit(upstream: str, state: str, seconds: float | None = None, by: str | None = None) -> None:
+    """A circuit that opened, rests, is tried or closed; `seconds` until the upstream is tried again.
+
+    `by`: who found out, if it was not this process.
+    """
     level = logging.INFO if state == "closed" else logging.WARNING
-    line(level, "circuit", upstream=upstream, state=state, seconds=seconds or None)
+    line(level, "circuit", upstream=upstream, state=state, seconds=seconds or None, by=by)
 
 
 def exception(event: str, **fields: Value) -> None:

@@ -41,6 +41,15 @@ class _Answers(msgspec.Struct, frozen=True):
     cache_write: Counter
 
 
+class Family(msgspec.Struct, frozen=True):
+    """One metric as one machine tells it to another."""
+
+    name: str
+    documentation: str
+    type: str
+    samples: list[tuple[str, dict[str, str], float]]
+
+
 class Metrics:
     """Thread-safe, and cheap enough for the path of each request."""
 
@@ -132,6 +141,19 @@ class Metrics:
     def exposition(self) -> tuple[bytes, str]:
         """Body and content type of the answer to Prometheus."""
         return generate_latest(self._shown), CONTENT_TYPE_PLAIN_0_0_4
+
+    def told(self, machine: str) -> bytes:
+        """The same for `exposition_of`, with the name of the machine."""
+        families = [
+            Family(
+                metric.name,
+                metric.documentation,
+                metric.type,
+                [(each.name, {**each.labels, "machine": machine}, each.value) for each in metric.samples],
+            )
+            for metric in self._shown.collect()
+        ]
+        return msgspec.json.encode(families)
 
     def _define(self) -> None:
         """What there is. A registry of its own, so that applications in one process share nothing."""
@@ -242,6 +264,35 @@ class Metrics:
             self._circuits.labels(name, now).set(1)
         if before is not None:
             self._circuits.labels(name, before).set(0)
+
+
+def exposition_of(told: Iterable[bytes]) -> tuple[bytes, str]:
+    """As `Metrics.exposition`, of several machines; what carries the same labels is added up."""
+    metrics: dict[str, Metric] = {}
+    sums: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+    for family in (each for one in told for each in msgspec.json.decode(one, type=list[Family])):
+        metric = metrics.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+        for name, labels, value in family.samples:
+            key = (name, tuple(sorted(labels.items())))
+            if key not in sums:
+                metric.add_sample(name, labels, 0.0)
+            sums[key] = sums.get(key, 0.0) + value
+    for metric in metrics.values():
+        metric.samples = [
+            each._replace(value=sums[each.name, tuple(sorted(each.labels.items()))]) for each in metric.samples
+        ]
+    return generate_latest(_Collected(list(metrics.values()))), CONTENT_TYPE_PLAIN_0_0_4
+
+
+class _Collected(Collector):
+    """Metrics that are there already."""
+
+    def __init__(self, metrics: list[Metric]) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> list[Metric]:
+        """See `Collector.collect`."""
+        return self._metrics
 
 
 class _Shown(Collector):

@@ -14,7 +14,7 @@ from typing import Any, Protocol, Self
 import msgspec
 
 from . import logs
-from .config import ClientKey, Config, ConfigError, UpstreamSettings, load
+from .config import ClientKey, Config, ConfigError, StateUrl, UpstreamSettings, load
 
 #: Seconds between two looks. A change is taken up at the second look that finds it: at the first an
 #: editor may be in the middle of writing.
@@ -23,7 +23,7 @@ LOOK = 0.5
 LAST_GOOD = "AIPROXY_LAST_GOOD"
 
 #: Settings that gunicorn reads once, at its start.
-_NEED_RESTART = ("bind", "listen", "workers")
+_NEED_RESTART = ("bind", "listen", "workers", "state")
 #: Told otherwise: warnings by themselves, the others as `listen`.
 _LEFT_OUT = ("warnings", "port", "unix_socket")
 _LONGEST_SHOWN = 60
@@ -188,8 +188,8 @@ class _Secret(msgspec.Struct, frozen=True):
 
 def _shown(setting: Any) -> Any:
     """Settings as a tree of dicts, those in a list by their names, secrets behind a mask."""
-    if isinstance(setting, ClientKey):
-        return _Secret(setting.key)
+    if isinstance(setting, ClientKey | StateUrl):
+        return _Secret(setting)
     if isinstance(setting, tuple):
         return {each.name: _shown(each) for each in setting}
     if not isinstance(setting, msgspec.Struct):

@@ -7,6 +7,7 @@ way keep those by which they came in, and so end as they began.
 import hashlib
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,17 +19,18 @@ import msgspec
 from . import __version__, logs
 from .attempt import Tools
 from .balancer import Balancer
-from .breaker import Breaker
+from .breaker import Breaker, Change
 from .config import Config, UpstreamSettings, check_addresses
 from .forwarder import Forwarder
 from .gate import SPARE, Gate
 from .history import History
 from .journal import Journal
 from .keys import Keys
-from .metrics import Metrics
+from .metrics import Metrics, exposition_of
 from .models import Models
 from .reload import Follower, LastGood, Start, changes
-from .status import Status, rows
+from .state import State
+from .status import Status, Stock, put_together, rows
 from .threads import Owners
 from .transport import Transport, credentials
 from .upstream import Upstream
@@ -55,8 +57,8 @@ class Doors(msgspec.Struct, frozen=True):
 class Service:
     """`doors` may be read from any thread; the rest is for the server and for whoever follows the file."""
 
-    def __init__(self, config: Config, clock: Callable[[], float], metrics: Metrics) -> None:
-        """`clock`: monotonic seconds, the circuit breakers'."""
+    def __init__(self, config: Config, clock: Callable[[], float], metrics: Metrics, state: State) -> None:
+        """`clock`: monotonic seconds, the circuit breakers'; `state`: what other processes know."""
         self.metrics = metrics
         self.history = History(time.time)
         self.is_stopping = False
@@ -68,11 +70,13 @@ class Service:
         self._clock = clock
         self._watcher = Watcher(config.timeouts.idle)
         self._transport = Transport(self._watcher, config.timeouts.connect)
-        self._owners = Owners(clock)
+        self._state = state
+        self._owners = Owners(clock, state)
         self._gate = Gate(config.max_in_flight)
         self._gate.serve_with(DEFAULT_THREADS)
         self._drains = Gate(SPARE // 2)
         self._addresses: list[Any] = []
+        self._server = _server_name([])
         self._follower: Follower | None = None
         self.doors = self._built(config, {}, {})
 
@@ -87,6 +91,8 @@ class Service:
         """`threads`: how many the server has for requests; `addresses`: those of its listening sockets."""
         self._gate.serve_with(threads)
         self._addresses = addresses
+        self._server = _server_name(addresses)
+        self._state.start(self._server, {"status": self._told_stock, "metrics": self._told_metrics})
         if self._follower is not None:
             self._follower.start()
 
@@ -134,7 +140,10 @@ class Service:
         return f"no upstream is usable: all circuits are open or resting, the first for {soonest:.0f} s more"
 
     def status(self) -> Status:
-        """Everything that the status page shows."""
+        """Everything that the status page shows, of all workers where they can be asked."""
+        own = self._stock()
+        heard = self._state.ask("status")
+        others = [msgspec.json.decode(answer, type=Stock) for answer in heard.answers]
         return Status(
             version=__version__,
             now=time.time(),
@@ -143,9 +152,21 @@ class Service:
             taken_up=self.taken_up,
             faults=self.faults,
             worker=os.getpid(),
-            in_flight=self._gate.inside,
-            upstreams=rows(self.doors.balancer.upstreams, self.history),
+            in_flight=sum(stock.in_flight for stock in (own, *others)),
+            upstreams=rows(self.doors.balancer.upstreams, self.history, others),
+            workers=put_together([own, *others]),
+            is_shared=self._state.is_shared,
+            silent=list(heard.silent),
+            problem=heard.problem,
         )
+
+    def exposition(self) -> tuple[bytes, str]:
+        """Body and content type of the answer to Prometheus, of all servers where they can be asked."""
+        self.take_stock()
+        if not self._state.is_shared:
+            return self.metrics.exposition()
+        heard = self._state.ask("metrics", once_a_server=True)
+        return exposition_of([self._told_metrics(), *heard.answers])
 
     def act(self, upstream: str, action: str) -> bool:
         """Do what a button of the status page says; False where there is no such upstream or action.
@@ -159,8 +180,10 @@ class Service:
         if action == "close":
             found.breaker.close()
             logs.circuit(upstream, "closed")
+            found.shared.tell(Change("closed"))
         else:
             found.draining = action == "drain"
+            found.shared.drain(found.draining)
         logs.line(logging.WARNING, "status", upstream=upstream, action=action)
         self.take_stock()
         return True
@@ -176,8 +199,27 @@ class Service:
         """Give back the threads, their descriptors and the kept connections."""
         if self._follower is not None:
             self._follower.stop()
+        self._state.stop()
         self._watcher.close()
         self._transport.close()
+
+    def _stock(self) -> Stock:
+        return Stock(
+            server=self._server,
+            worker=os.getpid(),
+            version=__version__,
+            configuration=self.digest,
+            began=self.began,
+            in_flight=self._gate.inside,
+            hours=self.history.hours(),
+        )
+
+    def _told_stock(self) -> bytes:
+        return msgspec.json.encode(self._stock())
+
+    def _told_metrics(self) -> bytes:
+        self.take_stock()
+        return self.metrics.told(self._server)
 
     def _built(self, config: Config, staying: dict[str, Upstream], cursor: dict[str, int]) -> Doors:
         logs.configure(config.logging)
@@ -187,6 +229,7 @@ class Service:
             Upstream(settings, self._breaker(config, staying.get(settings.name), settings))
             for settings in enabled
         ]
+        self._state.share(upstreams)
         balancer = Balancer(upstreams, cursor)
         journal = Journal(_redactor(config), self.metrics, self.history)
         self.history.keep(settings.name for settings in enabled)
@@ -213,8 +256,10 @@ class Service:
 
 def _redactor(config: Config) -> logs.Redactor:
     keys = [*config.api_keys, *([config.admin_key] if config.admin_key else [])]
+    state = [config.state.password] if config.state is not None and config.state.password else []
+    tokens = [each.token for each in config.upstreams]
     return logs.Redactor(
-        tokens=[each.token for each in config.upstreams] + _header_secrets(config) + _proxy_secrets(config),
+        tokens=tokens + _header_secrets(config) + _proxy_secrets(config) + state,
         keys=[each.key for each in keys],
     )
 
@@ -231,6 +276,12 @@ def _proxy_secrets(config: Config) -> list[str]:
     passwords = [proxy.password for proxy in proxies if proxy.password]
     sent = [credentials(proxy.geturl()) for proxy in proxies if proxy.password]
     return [*passwords, *map(unquote, passwords), *filter(None, sent)]
+
+
+def _server_name(addresses: list[Any]) -> str:
+    """What people call this gunicorn: the machine, and the port or socket."""
+    places = [each[1] if isinstance(each, tuple) else each for each in addresses]
+    return ":".join(map(str, [socket.gethostname(), *places]))
 
 
 def _digest(content: bytes) -> str:

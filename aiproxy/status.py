@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 import jinja2
 import msgspec
 
-from .history import Failed, History, Minute, Tokens
+from .history import Failed, History, Hour, Minute, Tokens
 from .upstream import Upstream
 
 #: Seconds after which the page asks for itself again.
@@ -41,6 +41,30 @@ class Row(msgspec.Struct, frozen=True):
     minutes: list[Minute]
 
 
+class Stock(msgspec.Struct, frozen=True):
+    """What one worker knows of itself and has counted, as it tells another."""
+
+    server: str  # what people call its gunicorn: the machine, and where it listens
+    worker: int  # process id
+    version: str
+    configuration: str  # its digest
+    began: float
+    in_flight: int
+    hours: dict[str, Hour]
+
+
+class Worker(msgspec.Struct, frozen=True):
+    """One worker; `answers` are the last hour's."""
+
+    server: str
+    worker: int
+    version: str
+    configuration: str
+    began: float
+    in_flight: int
+    answers: int
+
+
 class Status(msgspec.Struct, frozen=True):
     """The whole; times are Unix time."""
 
@@ -50,14 +74,36 @@ class Status(msgspec.Struct, frozen=True):
     configuration: str  # its digest
     taken_up: float
     faults: tuple[str, ...]  # why the file as it is now is not in force
-    worker: int  # process id: all here is this worker's
+    worker: int  # process id of the one that answers
     in_flight: int
     upstreams: list[Row]
+    workers: list[Worker]  # whose figures are in here
+    is_shared: bool  # whether it is of all workers of all machines
+    silent: list[str]  # workers that should have told theirs and did not
+    problem: str | None  # why no other worker could be asked
 
 
-def rows(upstreams: Sequence[Upstream], history: History) -> list[Row]:
-    """A row for each upstream."""
-    records = {upstream.name: history.of(upstream.name) for upstream in upstreams}
+def put_together(stocks: Sequence[Stock]) -> list[Worker]:
+    """The workers that took stock, by server."""
+    workers = [
+        Worker(
+            server=stock.server,
+            worker=stock.worker,
+            version=stock.version,
+            configuration=stock.configuration,
+            began=stock.began,
+            in_flight=stock.in_flight,
+            answers=sum(minute.answers for hour in stock.hours.values() for minute in hour.minutes.values()),
+        )
+        for stock in stocks
+    ]
+    return sorted(workers, key=lambda worker: (worker.server, worker.worker))
+
+
+def rows(upstreams: Sequence[Upstream], history: History, others: Sequence[Stock] = ()) -> list[Row]:
+    """A row for each upstream, with what `others` counted."""
+    hours = [stock.hours for stock in others]
+    records = {upstream.name: history.of(upstream.name, hours) for upstream in upstreams}
     weights = sum(upstream.weight for upstream in upstreams if not upstream.draining)
     answers = sum(record.answers for record in records.values())
     return [

@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from .body import Body, members, text
+from .state import State
 
 #: Messages remembered; the oldest go first.
 LIMIT = 10_000
@@ -19,9 +20,10 @@ LIFETIME = 3600.0
 class Owners:
     """Which upstream made a message. Thread-safe."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        """`clock`: monotonic seconds."""
+    def __init__(self, clock: Callable[[], float], state: State) -> None:
+        """`clock`: monotonic seconds; `state`: what other processes remember."""
         self._clock = clock
+        self._state = state
         self._lock = threading.Lock()
         self._owners: OrderedDict[str, tuple[str, float]] = OrderedDict()
 
@@ -32,12 +34,13 @@ class Owners:
             self._owners.move_to_end(message_id)
             while len(self._owners) > LIMIT:
                 self._owners.popitem(last=False)
+        self._state.remember(message_id, upstream)
 
     def owner(self, message_id: str) -> str | None:
         """The name of the upstream that made the message, if it is remembered."""
         with self._lock:
             upstream, expires = self._owners.get(message_id, (None, 0.0))
-            return upstream if self._clock() < expires else None
+        return upstream if self._clock() < expires else self._state.owner(message_id)
 
 
 def uses_thread(body: Body) -> bool:

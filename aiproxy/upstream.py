@@ -1,8 +1,13 @@
-"""One upstream: its settings, its model map, its circuit breaker."""
+"""One upstream: its settings, its model map, its circuit breaker, and who else is to know of that."""
+
+import hashlib
+
+import msgspec
 
 from .breaker import Breaker
 from .config import UpstreamSettings
 from .headers import Pairs
+from .state import Shared, Unshared
 
 #: Where `base_url` ends and the API begins: `base_url` is what ANTHROPIC_BASE_URL would be.
 MESSAGES = "/v1/messages"
@@ -19,6 +24,8 @@ class Upstream:
         self.breaker = breaker
         self.name = settings.name
         self.weight = max(1, settings.weight)
+        #: The processes that have the same upstream.
+        self.shared: Shared = Unshared()
         #: Taken out by hand: no new requests, not even as the last resort.
         self.draining = False
         self.extra_headers: Pairs = [(name.lower(), value) for name, value in settings.headers.items()]
@@ -31,6 +38,12 @@ class Upstream:
     def state(self) -> str:
         """Its circuit's, or `draining`."""
         return "draining" if self.draining else self.breaker.circuit().state
+
+    @property
+    def id(self) -> str:
+        """The same in each process that knows it as the same account; tells no secret."""
+        account = [getattr(self.settings, name) for name in _ACCOUNT]
+        return f"{self.name}:{hashlib.sha256(msgspec.json.encode(account)).hexdigest()[:16]}"
 
     def is_same_account(self, settings: UpstreamSettings) -> bool:
         """Whether what is known of this upstream's health is true of one with these settings too."""

@@ -8,6 +8,7 @@ import grp
 import os
 import pwd
 import re
+import shlex
 import shutil
 import socket
 import ssl
@@ -24,6 +25,7 @@ from conftest import ROOT
 from fakes import HOST, RawClient, free_port
 
 SHIPPED = (ROOT / "deploy" / "nginx.conf").read_text()
+SEVERAL = (ROOT / "deploy" / "several-machines.conf").read_text()
 NAME = "aiproxy.example.com"
 
 needs_nginx = pytest.mark.skipif(
@@ -51,8 +53,10 @@ http {{
 class Front:
     """A running nginx: its ports, its access log. `instances` are the two ports it passes requests to."""
 
-    def __init__(self, folder: Path, instances: tuple[int, int], scale: int = 1) -> None:
-        """`scale`: every time in the file is divided by that."""
+    def __init__(
+        self, folder: Path, instances: tuple[int, int], scale: int = 1, several_machines: bool = False
+    ) -> None:
+        """`scale`: every time in the file is divided by that; `several_machines`: as README.md makes it."""
         folder.mkdir(exist_ok=True)
         self.folder = folder
         self.port = free_port()
@@ -60,7 +64,8 @@ class Front:
         self.authority = folder / "authority.pem"
         _AUTHORITY.cert_pem.write_to_path(self.authority)
         _CERTIFICATE.private_key_and_cert_chain_pem.write_to_path(folder / "certificate.pem")
-        (folder / "aiproxy").write_text(_scaled(self._put_in_place(instances), scale))
+        shipped = for_several_machines() if several_machines else SHIPPED
+        (folder / "aiproxy").write_text(_scaled(self._put_in_place(shipped, instances), scale))
         defaults = _scaled(" ".join(f"{name} 60s;" for name in _DEFAULTS.split()), scale)
         group = grp.getgrgid(os.getgid()).gr_name
         main = _MAIN.format(
@@ -68,18 +73,18 @@ class Front:
         )
         (folder / "nginx.conf").write_text(main)
 
-    def _put_in_place(self, instances: tuple[int, int]) -> str:
-        """The shipped text with this machine's addresses and paths; IPv6 is not everywhere."""
+    def _put_in_place(self, text: str, instances: tuple[int, int]) -> str:
+        """The text with this machine's addresses and paths; IPv6 is not everywhere."""
         places = {
             r"listen \[::\]:.*;": "",
             r"listen 443": f"listen {HOST}:{self.port}",
             r"listen 80;": f"listen {HOST}:{self.plain_port};",
-            r"127\.0\.0\.1:8081 ": f"{HOST}:{instances[0]} ",
-            r"127\.0\.0\.1:8082 ": f"{HOST}:{instances[1]} ",
+            r"(127\.0\.0\.1|10\.0\.0\.11):8081 ": f"{HOST}:{instances[0]} ",
+            r"(127\.0\.0\.1:8082|10\.0\.0\.12:8081) ": f"{HOST}:{instances[1]} ",
             r"/etc/letsencrypt/live/.*;": f"{self.folder}/certificate.pem;",
             r"/var/log/nginx": str(self.folder),
         }
-        text = SHIPPED
+        text = re.sub(r".*server 10\.0\.0\.13.*\n", "", text)
         for pattern, place in places.items():
             text, times = re.subn(pattern, place, text)
             assert times, pattern
@@ -134,6 +139,18 @@ class Front:
         return ["curl", "--silent", "--show-error", "--http2", "--max-time", "10", *resolve, *arguments]
 
 
+def for_several_machines() -> str:
+    """nginx.conf after the `sed` of deploy/README.md, and several-machines.conf beside it."""
+    readme = (ROOT / "deploy" / "README.md").read_text()
+    found = re.search(r"^(sed -e .*) /opt/aiproxy/deploy/nginx.conf >", readme, re.MULTILINE)
+    assert found
+    edited = subprocess.run(
+        shlex.split(found[1]), input=SHIPPED, capture_output=True, text=True, check=True
+    ).stdout.replace("YOUR.NAME", NAME)
+    assert edited.count("upstream aiproxy") == 0
+    return SEVERAL + edited
+
+
 def _scaled(text: str, scale: int) -> str:
     """Each time in seconds divided; the lifetime of TLS sessions does not matter."""
-    return re.sub(r"\b(\d+)s;", lambda found: f"{int(found[1]) * 1000 // scale}ms;", text)
+    return re.sub(r"(?<!=)\b(\d+)s;", lambda found: f"{int(found[1]) * 1000 // scale}ms;", text)

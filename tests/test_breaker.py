@@ -29,7 +29,7 @@ def open_and_wait(breaker, clock):
 
 
 def test_three_failures_in_a_row_open_it_for_the_cooldown(breaker, clock):
-    assert fail(breaker, 2) is None
+    assert fail(breaker, 2) == Change("failed")
     assert breaker.usable()
     assert fail(breaker) == Change("open", 1800)
     assert breaker.acquire() is None
@@ -73,7 +73,7 @@ def test_a_good_trial_closes_it(breaker, clock):
     open_and_wait(breaker, clock)
     assert breaker.settle(breaker.acquire(), Outcome.SUCCESS) == Change("closed")
     assert breaker.acquire().kind is Pass.ORDINARY
-    assert fail(breaker, 2) is None
+    assert fail(breaker, 2) == Change("failed")
 
 
 def test_a_failed_trial_opens_it_again_for_the_whole_cooldown(breaker, clock):

@@ -25,6 +25,7 @@ from fakes import (
 from aiproxy import threads
 from aiproxy.app import create_app
 from aiproxy.config import BreakerSettings, Config, UpstreamSettings
+from aiproxy.state import Alone
 from aiproxy.threads import Owners
 
 ROOT = Path(__file__).parent.parent
@@ -283,7 +284,7 @@ def test_when_the_owner_is_down_the_client_learns_that_the_thread_is_not_found(u
 
 
 def test_the_latest_messages_are_remembered_and_no_more():
-    owners = Owners(Clock())
+    owners = Owners(Clock(), Alone())
     for number in range(threads.LIMIT + 5):
         owners.note(f"msg_{number}", "a")
     known = [number for number in range(threads.LIMIT + 5) if owners.owner(f"msg_{number}") == "a"]
@@ -293,7 +294,7 @@ def test_the_latest_messages_are_remembered_and_no_more():
 
 def test_a_message_noted_again_is_the_latest(monkeypatch):
     monkeypatch.setattr(threads, "LIMIT", 2)
-    owners = Owners(Clock())
+    owners = Owners(Clock(), Alone())
     for message, name in (("one", "a"), ("two", "a"), ("one", "b"), ("three", "a")):
         owners.note(message, name)
     assert [owners.owner(message) for message in ("one", "two", "three")] == ["b", None, "a"]
@@ -301,7 +302,7 @@ def test_a_message_noted_again_is_the_latest(monkeypatch):
 
 def test_a_message_is_remembered_for_its_time_from_the_latest_note():
     clock = Clock()
-    owners = Owners(clock)
+    owners = Owners(clock, Alone())
     owners.note("one", "a")
     clock.now += threads.LIFETIME - 1
     assert owners.owner("one") == "a"
@@ -315,7 +316,7 @@ def test_a_message_is_remembered_for_its_time_from_the_latest_note():
 
 
 def test_owners_are_noted_and_asked_from_any_thread():
-    owners = Owners(Clock())
+    owners = Owners(Clock(), Alone())
 
     def work(name):
         for number in range(2000):

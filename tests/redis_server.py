@@ -1,0 +1,81 @@
+"""A real Redis server that can be paused, killed and started again, with nothing left of what it knew."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import pytest
+import redis
+from fakes import HOST, free_port
+
+needs_redis = pytest.mark.skipif(
+    shutil.which("redis-server") is None and os.environ.get("AIPROXY_REQUIRE_ALL") != "1",
+    reason="redis-server is missing",
+)
+
+
+class RedisServer:
+    """Listens on a port of its own; `options` are further ones of redis-server's command line."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        self.port = free_port()
+        self.url = f"redis://{HOST}:{self.port}/0"
+        self._command = ["redis-server", "--bind", HOST, "--port", str(self.port), "--save", ""]
+        self._command += ["--dir", str(folder), *options]
+        self._client = redis.Redis(HOST, self.port, decode_responses=True, protocol=2)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.kill()
+        self._client.close()
+
+    def start(self) -> None:
+        """Empty, and waited for."""
+        self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
+        limit = time.monotonic() + 10
+        while True:
+            with contextlib.suppress(redis.ConnectionError):
+                self._client.ping()
+                return
+            assert self._process.poll() is None, "the server ended"
+            assert time.monotonic() < limit
+            threading.Event().wait(0.02)
+
+    def kill(self) -> None:
+        """At once; a paused one too."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def pause(self) -> None:
+        """From now on it answers nobody, and its connections stay."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """It answers again."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
+
+    def do(self, *command: Any) -> Any:
+        """What the server replies."""
+        return self._client.execute_command(*command)
+
+    def scripts_run(self) -> int:
+        """How often a circuit was looked at or changed since the start."""
+        stats: dict[str, Any] = self._client.info("commandstats")
+        return int(stats.get("cmdstat_evalsha", {}).get("calls", 0))
