@@ -20,6 +20,7 @@ from .attempt import Tools
 from .balancer import Balancer
 from .breaker import Breaker
 from .config import Config, UpstreamSettings, check_addresses
+from .connection import credentials
 from .forwarder import Forwarder
 from .gate import SPARE, Gate
 from .history import History
@@ -30,7 +31,7 @@ from .models import Models
 from .reload import Follower, LastGood, Start, changes
 from .status import Status, rows
 from .threads import Owners
-from .transport import Transport, credentials
+from .transport import Transport
 from .upstream import Upstream
 from .watch import Watcher
 
