@@ -11,6 +11,7 @@ import functools
 import http.client
 import re
 import socket
+import ssl
 import threading
 from typing import Any, Protocol
 from urllib.parse import quote, unquote_to_bytes, urlsplit
@@ -173,8 +174,9 @@ class _Connection(HTTPConnection):
 
     def say(self, head: bytes, body: bytes) -> None:
         """Send a request."""
-        # Whoever closes its end while we send may have answered before: a 413, say.
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        # Whoever closes its end while we send may have answered before: a 413, say. TLS has a name of its own
+        # for a broken pipe.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError, ssl.SSLEOFError):
             if len(body) <= _JOINED:
                 self.sock.sendall(head + body)
             else:

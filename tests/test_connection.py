@@ -184,7 +184,7 @@ def test_an_answer_is_read_though_the_upstream_broke_the_upload_off(
 ):
     bundle = tmp_path / "ca.pem"
     bundle.write_text(LOOPBACK_CERT)
-    a = upstream(*[answer()] * reused, early_refusal(413, drain=tls), tls=loopback_tls() if tls else None)
+    a = upstream(*[answer()] * reused, early_refusal(413), tls=loopback_tls() if tls else None)
     if reused:
         ask(transport, a.url, ca_bundle=str(bundle))
     call = begin(transport, a.url, body=LARGE, ca_bundle=str(bundle))
