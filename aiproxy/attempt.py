@@ -18,12 +18,13 @@ from .body import Body, members, text
 from .breaker import Outcome, Pass
 from .collect import Collector, Malformed
 from .config import Timeouts
+from .connection import Outgoing
 from .errors import STATUS_OF_TYPE
 from .headers import Pairs, media_type, to_client, to_upstream, value_of
 from .policy import Fault, seconds_of
 from .relay import AFTER_STOP, Relay
 from .report import Report
-from .transport import Call, CallFailed, Outgoing, Transport
+from .transport import Call, CallFailed, Transport
 from .upstream import MESSAGES
 from .watch import Deadline, Reason, Scope, Watcher
 

@@ -21,6 +21,7 @@ from .attempt import Tools
 from .balancer import Balancer
 from .breaker import Breaker, Change
 from .config import Config, UpstreamSettings, check_addresses
+from .connection import credentials
 from .forwarder import Forwarder
 from .gate import SPARE, Gate
 from .history import History
@@ -32,7 +33,7 @@ from .reload import Follower, LastGood, Start, changes
 from .state import State
 from .status import Status, Stock, put_together, rows
 from .threads import Owners
-from .transport import Transport, credentials
+from .transport import Transport
 from .upstream import Upstream
 from .watch import Watcher
 

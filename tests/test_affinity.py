@@ -14,13 +14,13 @@ from urllib.parse import urlsplit
 import pytest
 import urllib3
 from fakes import Clock, error, message_json
-from requests.adapters import HTTPAdapter
 
 from aiproxy import body
 from aiproxy.affinity import key_of, rank
 from aiproxy.app import create_app
 from aiproxy.breaker import Breaker
 from aiproxy.config import ClientKey, Config, LoggingSettings, UpstreamSettings
+from aiproxy.connection import Adapter
 from aiproxy.upstream import Upstream
 
 SESSION = "6f9f2a4e-1c1b-4f0e-9d55-0a3f8f6f7a11"
@@ -29,15 +29,14 @@ EPHEMERAL = {"type": "ephemeral"}
 WEIGHTS = {"a": 5, "b": 3, "c": 2}
 
 
-class Accounts(HTTPAdapter):
+class Accounts:
     """Upstreams that answer in process: `reply` gets an account's name and what it is asked."""
 
     def __init__(self):
-        super().__init__()
         self.reply = lambda name, asked: (200, message_json())
         self.asked = []
 
-    def send(self, request, **_):
+    def exchange(self, request):
         name = urlsplit(request.url).hostname.removesuffix(".test")
         self.asked.append(name)
         status, content = self.reply(name, json.loads(request.body))
@@ -64,7 +63,7 @@ class Accounts(HTTPAdapter):
 @pytest.fixture
 def accounts(monkeypatch):
     accounts = Accounts()
-    monkeypatch.setattr(HTTPAdapter, "send", lambda _, request, **options: accounts.send(request, **options))
+    monkeypatch.setattr(Adapter, "exchange", lambda _, caller, request: accounts.exchange(request))
     return accounts
 
 

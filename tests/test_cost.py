@@ -46,8 +46,8 @@ def stream(deltas):
     return events(message_events([f"word {n} " for n in range(deltas)]), gap=0.001)
 
 
-def test_a_request_takes_some_2300_calls(calls_of):
-    assert calls_of([], ASK) < 2900
+def test_a_request_takes_some_2000_calls(calls_of):
+    assert calls_of([], ASK) < 2500
 
 
 def test_a_delta_takes_some_32_calls(calls_of):

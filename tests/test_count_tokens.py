@@ -7,10 +7,10 @@ from collections import Counter
 import pytest
 import urllib3
 from fakes import Clock, answer, close_now, dead_port, error, message_json, whole
-from requests.adapters import HTTPAdapter
 
 from aiproxy.app import create_app
 from aiproxy.config import Config, LoggingSettings, UpstreamSettings
+from aiproxy.connection import Adapter
 
 PATH = "/v1/messages/count_tokens"
 COUNT = b'{ "input_tokens" : 14, "new":1.10}'
@@ -337,13 +337,12 @@ def test_counting_takes_no_trial(upstream):
 
 
 def test_three_hundred_to_one_hundred_stays_exact_with_counts_in_between(monkeypatch):
-    def send(adapter, request, **_):
+    def exchange(adapter, caller, request):
         content = COUNT if request.url.endswith(PATH) else message_json()
         headers = {"content-type": "application/json"}
-        raw = urllib3.HTTPResponse(io.BytesIO(content), headers, 200, preload_content=False)
-        return adapter.build_response(request, raw)
+        return urllib3.HTTPResponse(io.BytesIO(content), headers, 200, preload_content=False)
 
-    monkeypatch.setattr(HTTPAdapter, "send", send)
+    monkeypatch.setattr(Adapter, "exchange", exchange)
     client = client_of(
         {"base_url": "http://a.test", "weight": 3},
         {"base_url": "http://b.test", "weight": 1},

@@ -162,7 +162,9 @@ class Proxy:
         with (
             patch("aiproxy.service.Breaker", lambda *args: self._kept(self._breakers, Recorded(*args))),
             patch("aiproxy.service.Transport", lambda *args: self._kept(self._transports, Transport(*args))),
-            patch("aiproxy.transport.POOL", 16),  # a pool is filled with as many blanks, which takes its time
+            patch(
+                "aiproxy.connection.POOL", 16
+            ),  # a pool is filled with as many blanks, which takes its time
         ):
             self.app = create_app(
                 Config(

@@ -165,6 +165,30 @@ def test_an_upstream_under_tls_is_reached_through_a_tunnel_that_shows_no_token(t
     ] * 3
 
 
+@pytest.mark.parametrize(
+    ("url", "host"),
+    [
+        ("https://localhost", "localhost"),
+        ("https://localhost:80", "localhost:80"),
+        ("https://[::1]", "[::1]"),
+        ("https://[::1]:8443", "[::1]:8443"),
+    ],
+)
+def test_an_upstream_gets_the_same_host_directly_and_through_a_tunnel(
+    transport, upstream, tmp_path, monkeypatch, url, host
+):
+    authority, context = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost", "::1").configure_cert(context)
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    a = upstream(tls=context)
+    egress = upstream(tunnel_to(a.port))
+    for port, proxy in ((a.port, None), (egress.port, "http://egress.test")):
+        place = (socket.AF_INET, socket.SOCK_STREAM, 6, "", (HOST, port))
+        monkeypatch.setattr("aiproxy.resolver.Resolver.resolve", lambda *_, place=place: [place])
+        assert ask(transport, url, proxy, str(tmp_path / "ca.pem")) == MESSAGE
+    assert [request.every("host") for request in a.seen] == [[host]] * 2
+
+
 def test_connections_to_a_forward_proxy_send_at_once_and_are_kept_alive_by_tcp(transport, upstream):
     call = begin(transport, "http://a", upstream(events([b"one"], then="hang")).url)
     assert call._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

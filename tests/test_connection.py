@@ -1,0 +1,237 @@
+"""What goes out on a connection, byte for byte, and how the head of an answer is read."""
+
+import socket
+import threading
+
+import pytest
+from fakes import HOST, LOOPBACK_CERT, answer, early_refusal, loopback_tls, message_json, raw, whole
+
+from aiproxy.policy import Fault
+from aiproxy.transport import CallFailed, Outgoing
+
+MESSAGE = message_json()
+BODY = b'{"model":"claude-x"}'
+LARGE = b"x" * 8 * 1024 * 1024
+
+
+def begin(transport, url, headers=(), body=BODY, method="POST", ca_bundle=None):
+    """A call whose head has come."""
+    call = transport.call()
+    transport.send(call, Outgoing(method, url, list(headers), body, ca_bundle=ca_bundle))
+    return call
+
+
+def ask(*args, **options):
+    """The whole body of an answer."""
+    call = begin(*args, **options)
+    try:
+        return b"".join(call.pieces())
+    finally:
+        call.close()
+
+
+@pytest.fixture
+def reached(monkeypatch):
+    """Let every host be found at the address of this upstream."""
+
+    def at(upstream):
+        place = (socket.AF_INET, socket.SOCK_STREAM, 6, "", (HOST, upstream.port))
+        monkeypatch.setattr("aiproxy.resolver.Resolver.resolve", lambda *_: [place])
+        return upstream
+
+    return at
+
+
+@pytest.fixture
+def sent(monkeypatch):
+    """What this thread sends, a piece each time."""
+    pieces, mine, really = [], threading.get_ident(), socket.socket.sendall
+
+    def sendall(sock, data):
+        if threading.get_ident() == mine:
+            pieces.append(bytes(data))
+        return really(sock, data)
+
+    monkeypatch.setattr("socket.socket.sendall", sendall)
+    return pieces
+
+
+# ------------------------------------------------------------------------------------------- what goes out
+
+
+def test_the_headers_go_out_in_the_order_and_case_they_are_given_in(transport, upstream, sent):
+    a = upstream()
+    headers = [("x-b", "1"), ("User-Agent", "claude-cli/2.1"), ("x-a", "\xe9"), ("x-b", "2")]
+    ask(transport, f"{a.url}/v1/messages", [*headers, ("accept-encoding", "identity")])
+    assert sent == [
+        f"POST /v1/messages HTTP/1.1\r\nHost: {HOST}:{a.port}\r\nx-b: 1\r\nUser-Agent: claude-cli/2.1\r\n"
+        f"x-a: \xe9\r\nx-b: 2\r\naccept-encoding: identity\r\nContent-Length: {len(BODY)}\r\n\r\n".encode(
+            "latin-1"
+        )
+        + BODY
+    ]
+
+
+def test_no_content_encoding_is_asked_for_unless_the_headers_say_so(transport, upstream):
+    a = upstream()
+    ask(transport, a.url)
+    ask(transport, a.url, [("accept-encoding", "gzip")])
+    assert [request.every("accept-encoding") for request in a.seen] == [["identity"], ["gzip"]]
+
+
+@pytest.mark.parametrize(
+    ("method", "body", "said"),
+    [("POST", BODY, [str(len(BODY))]), ("POST", b"", ["0"]), ("GET", b"", []), ("GET", BODY, ["20"])],
+)
+def test_the_length_of_a_body_is_said_where_one_is_expected(transport, upstream, method, body, said):
+    a = upstream()
+    ask(transport, a.url, method=method, body=body)
+    assert (a.seen[0].every("content-length"), a.seen[0].body) == (said, body)
+
+
+def test_head_and_body_go_out_together_unless_the_body_is_large(transport, upstream, sent):
+    a = upstream()
+    for length in (0, 65536, 65537):
+        ask(transport, a.url, body=bytes(length))
+    assert [piece[:4] for piece in sent] == [b"POST", b"POST", b"POST", bytes(4)]
+    assert len(sent[3]) == 65537
+    ask(transport, a.url, body=LARGE)
+    assert [len(request.body) for request in a.seen] == [0, 65536, 65537, len(LARGE)]
+
+
+@pytest.mark.parametrize(
+    ("url", "host"),
+    [
+        ("http://api.example.com", "api.example.com"),
+        ("http://Api.Example.com:80", "api.example.com"),
+        ("http://api.example.com.:81", "api.example.com:81"),
+        ("http://api.example.com:443", "api.example.com:443"),
+        ("http://[::1]", "[::1]"),
+        ("http://[::1]:81", "[::1]:81"),
+    ],
+)
+def test_the_host_is_the_url_s_with_its_port_unless_it_is_the_usual_one(
+    transport, upstream, reached, url, host
+):
+    a = reached(upstream())
+    ask(transport, f"{url}/v1/messages")
+    assert a.seen[0].every("host") == [host]
+
+
+def test_upstreams_that_differ_in_their_port_only_share_no_connection(transport, upstream, reached):
+    a = reached(upstream())
+    for port in (81, 82):
+        ask(transport, f"http://api.example.com:{port}")
+    assert [(request.connection, request.header("host")) for request in a.seen] == [
+        (1, "api.example.com:81"),
+        (2, "api.example.com:82"),
+    ]
+
+
+def test_what_no_request_line_can_hold_is_escaped_byte_by_byte_and_nothing_else(transport, upstream):
+    a = upstream()
+    ask(transport, f'{a.url}/a/../b?x=%zz%c3{{}}|\\"&y=\xc3\xa9 \x01#not sent')
+    assert a.seen[0].target == '/a/../b?x=%zz%c3{}|\\"&y=%C3%A9%20%01'
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("x-a", "1\r\nx-b: 2"),
+        ("x-a", "1\nx-b: 2"),
+        ("x-a", "1\rx-b: 2"),
+        ("x-a", "1\r\n x-b: 2"),
+        ("x-a", "1\0"),
+        ("x-a", "1\n"),
+        ("x-a", "\u20ac"),
+        ("x-a\r\nx-b", "1"),
+        ("x-a: 1\r\nx-b", "2"),
+        ("x-a:", "1"),
+        ("x-a\n", "1"),
+        ("x a", "1"),
+        ("x\0", "1"),
+        ("x-\xe9", "1"),
+        ("", "1"),
+    ],
+)
+def test_a_header_that_could_be_read_as_more_than_itself_is_refused(transport, upstream, name, value):
+    a = upstream()
+    with pytest.raises(ValueError) as refused:
+        begin(transport, a.url, [(name, value)])
+    assert (a.connections, "x-b: 2" in str(refused.value)) == (0, False)
+
+
+@pytest.mark.parametrize(
+    ("method", "url"),
+    [
+        ("GET /x HTTP/1.1\r\nx: y\r\n\r\nPOST", "/v1/messages"),
+        ("PO ST", "/v1/messages"),
+        ("POST\n", "/v1/messages"),
+        ("", "/v1/messages"),
+    ],
+)
+def test_so_is_a_request_line(transport, upstream, method, url):
+    a = upstream()
+    with pytest.raises(ValueError):
+        begin(transport, a.url + url, method=method)
+    assert a.connections == 0
+
+
+@pytest.mark.parametrize("tls", [False, True])
+@pytest.mark.parametrize("reused", [False, True])
+def test_an_answer_is_read_though_the_upstream_broke_the_upload_off(
+    transport, upstream, tmp_path, tls, reused
+):
+    bundle = tmp_path / "ca.pem"
+    bundle.write_text(LOOPBACK_CERT)
+    a = upstream(*[answer()] * reused, early_refusal(413), tls=loopback_tls() if tls else None)
+    if reused:
+        ask(transport, a.url, ca_bundle=str(bundle))
+    call = begin(transport, a.url, body=LARGE, ca_bundle=str(bundle))
+    assert call.status == 413
+    assert b"error" in b"".join(call.pieces())
+    call.close()
+
+
+# -------------------------------------------------------------------------------------- how a head is read
+
+
+def test_a_folded_header_reads_as_one_line_and_a_line_that_is_none_is_left_out(transport, upstream):
+    lines = b" folded\r\nno header\r\n too\r\nx-a: 1 \r\n\t 2\r\n  3\r\ncontent-length:0\r\n\r\n"
+    call = begin(transport, upstream(raw(b"HTTP/1.1 200 OK\r\n" + lines)).url)
+    assert call.headers == [("x-a", "1 2 3"), ("content-length", "0")]
+    call.close()
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [("content-length", str(len(MESSAGE)))],  # twice
+        [("connection", "keep-alive"), ("connection", "close")],
+    ],
+)
+def test_a_connection_whose_framing_is_doubtful_or_that_ends_is_not_used_again(transport, upstream, headers):
+    head = "".join(
+        f"{name}: {value}\r\n" for name, value in [*headers, ("content-length", str(len(MESSAGE)))]
+    )
+    a = upstream(default=raw(f"HTTP/1.1 200 OK\r\n{head}\r\n".encode() + MESSAGE, "keep"))
+    assert [ask(transport, a.url) for _ in range(2)] == [MESSAGE] * 2
+    assert a.connections == 2
+
+
+def test_lengths_that_contradict_each_other_are_no_answer(transport, upstream):
+    head = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\ncontent-length: 3\r\n\r\n{}"
+    with pytest.raises(CallFailed) as failed:
+        ask(transport, upstream(raw(head)).url)
+    assert failed.value.fault is Fault.BROKEN
+
+
+def test_a_length_that_no_number_can_hold_is_as_good_as_none(transport, upstream):
+    head = b"HTTP/1.1 200 OK\r\ncontent-length: " + b"9" * 5000 + b"\r\n\r\n{}"
+    assert ask(transport, upstream(raw(head)).url) == b"{}"
+
+
+def test_answers_without_a_body_leave_the_connection_as_it_is(transport, upstream):
+    a = upstream(raw(b"HTTP/1.1 204 No Content\r\n\r\n", "keep"), whole(304, b""))
+    assert [ask(transport, a.url) for _ in range(3)] == [b"", b"", MESSAGE]
+    assert a.connections == 1
