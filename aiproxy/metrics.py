@@ -269,17 +269,17 @@ class Metrics:
 def exposition_of(told: Iterable[bytes]) -> tuple[bytes, str]:
     """As `Metrics.exposition`, of several machines; what carries the same labels is added up."""
     metrics: dict[str, Metric] = {}
-    sums: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
+    sums: dict[tuple[str, frozenset[tuple[str, str]]], float] = {}
     for family in (each for one in told for each in msgspec.json.decode(one, type=list[Family])):
         metric = metrics.setdefault(family.name, Metric(family.name, family.documentation, family.type))
         for name, labels, value in family.samples:
-            key = (name, tuple(sorted(labels.items())))
+            key = (name, frozenset(labels.items()))
             if key not in sums:
                 metric.add_sample(name, labels, 0.0)
             sums[key] = sums.get(key, 0.0) + value
     for metric in metrics.values():
         metric.samples = [
-            each._replace(value=sums[each.name, tuple(sorted(each.labels.items()))]) for each in metric.samples
+            each._replace(value=sums[each.name, frozenset(each.labels.items())]) for each in metric.samples
         ]
     return generate_latest(_Collected(list(metrics.values()))), CONTENT_TYPE_PLAIN_0_0_4
 
