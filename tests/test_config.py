@@ -1445,3 +1445,49 @@ def test_other_workers_are_a_fault(tmp_path, spelt):
     path.write_text(f"workers: {spelt}\nupstreams: [{{base_url: 'demo://answers'}}]\n")
     with pytest.raises(ConfigError, match="workers: is "):
         load(path)
+
+
+@pytest.mark.parametrize(
+    ("url", "host", "password"),
+    [
+        ("redis://localhost:6379/0", "localhost:6379", ""),
+        ("redis://:p%40ss@redis.example.com", "redis.example.com", "p@ss"),
+        ("rediss://user:word@[::1]:6380/1?ssl_ca_certs=/etc/ca.pem", "[::1]:6380", "word"),
+        ("unix:///run/redis/redis.sock?db=2", "/run/redis/redis.sock", ""),
+        ("unix://:word@/run/redis.sock", "/run/redis.sock", "word"),
+    ],
+)
+def test_state_may_be_a_redis_server(loader: Loader, url: str, host: str, password: str) -> None:
+    state = loader.settings(f'state: "{url}"').state
+    assert state is not None
+    assert (state.url, state.host, state.password) == (url, host, password)
+    assert not password or password not in repr(loader.settings('state: "${STATE}"', STATE=url))
+
+
+def test_state_is_memory_unless_given(loader: Loader) -> None:
+    assert loader.settings("").state is None
+    assert loader.settings("state: memory").state is None
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "localhost:6379",
+        "http://:t0ken@a",
+        "redis://",
+        "redis://:t0ken@",
+        "redis://:t0ken@a:65536",
+        "redis://:t0ken@a/zero",
+        "redis://a?password=t0ken",
+        "redis://:t0 ken@a",
+        "unix://",
+        "t0ken",
+    ],
+)
+def test_any_other_state_is_a_fault_that_does_not_show_it(loader: Loader, url: str) -> None:
+    for told in (
+        loader.fault(f'state: "{url}"{UPSTREAMS}'),
+        loader.fault(f'state: "${{STATE}}"{UPSTREAMS}', STATE=url),
+    ):
+        assert told.startswith("state: is neither memory nor the URL of a Redis server, expected ")
+        assert "t0ken" not in told

@@ -2,17 +2,21 @@
 
 import contextlib
 import socket
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 import trustme
+from conftest import ROOT
 from fakes import HOST, Clock, free_port
 from redis_server import RedisServer, needs_redis
 
 from aiproxy import logs, redis_state
+from aiproxy.app import create_app
 from aiproxy.breaker import Breaker, Change, Outcome, Pass
-from aiproxy.config import LoggingSettings, StateUrl, UpstreamSettings
+from aiproxy.config import Config, LoggingSettings, StateUrl, UpstreamSettings
 from aiproxy.redis_state import RedisState
 from aiproxy.upstream import Upstream
 
@@ -526,3 +530,18 @@ def test_databases_are_apart(process, server):
     b.state._look()
     assert state_of(b) == "closed"
     server.do("FLUSHALL")
+
+
+def test_without_the_package_the_log_says_what_to_install_and_the_process_serves(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "redis", None)
+    monkeypatch.delitem(sys.modules, "aiproxy.redis_state")
+    one = UpstreamSettings(name="a", base_url="demo://answers")
+    app = create_app(Config(upstreams=(one,), state=StateUrl("redis://localhost/0")))
+    assert "pip install -r requirements.txt" in capsys.readouterr().out
+    ask = {"model": "claude-x", "max_tokens": 9, "messages": [{"role": "user", "content": "Hi"}]}
+    assert app.test_client().post("/v1/messages", json=ask).status_code == 200
+
+
+def test_a_process_by_itself_does_not_even_load_the_package():
+    code = "import sys, aiproxy.app; sys.exit('redis' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
