@@ -8,6 +8,7 @@
 -- trial_for, granted. A version is larger than all before it, so that of two views one is known for the later.
 
 local FORGOTTEN = 8 * 24 * 3600 * 1000 -- after so long without a word of an upstream
+local GONE = 10 * 1000 -- a worker that did not look for so long
 local FIELDS = { 'version', 'failures', 'open', 'rest', 'drained', 'trial', 'lease' }
 
 local clock = redis.call('TIME')
@@ -44,6 +45,7 @@ if ARGV[1] == 'look' then
     end
   end
   redis.call('ZADD', KEYS[#KEYS], now, ARGV[2])
+  redis.call('ZREMRANGEBYSCORE', KEYS[#KEYS], '-inf', now - GONE)
   redis.call('PEXPIRE', KEYS[#KEYS], FORGOTTEN)
   return views
 end

@@ -267,10 +267,13 @@ class Metrics:
 
 
 def exposition_of(told: Iterable[bytes]) -> tuple[bytes, str]:
-    """As `Metrics.exposition`, of several machines; what carries the same labels is added up."""
+    """As `Metrics.exposition`, of several machines; what carries the same labels is added up.
+
+    What cannot be read is left out: a machine of another version, or one that told nothing.
+    """
     metrics: dict[str, Metric] = {}
     sums: dict[tuple[str, frozenset[tuple[str, str]]], float] = {}
-    for family in (each for one in told for each in msgspec.json.decode(one, type=list[Family])):
+    for family in (each for one in told for each in _families(one)):
         metric = metrics.setdefault(family.name, Metric(family.name, family.documentation, family.type))
         for name, labels, value in family.samples:
             key = (name, frozenset(labels.items()))
@@ -282,6 +285,13 @@ def exposition_of(told: Iterable[bytes]) -> tuple[bytes, str]:
             each._replace(value=sums[each.name, frozenset(each.labels.items())]) for each in metric.samples
         ]
     return generate_latest(_Collected(list(metrics.values()))), CONTENT_TYPE_PLAIN_0_0_4
+
+
+def _families(told: bytes) -> list[Family]:
+    try:
+        return msgspec.json.decode(told, type=list[Family])
+    except msgspec.DecodeError:
+        return []
 
 
 class _Collected(Collector):

@@ -74,6 +74,32 @@ class _Seen(msgspec.Struct, frozen=True, array_like=True):
         return View(self.failures, open_for, self.rest_for / 1000, elsewhere / 1000)
 
 
+class _Name(msgspec.Struct, frozen=True):
+    """A process, among all."""
+
+    server: str
+    master: int  # process ids
+    worker: int
+    mark: str  # process ids come again
+
+    @classmethod
+    def of(cls, spelt: str) -> "_Name | None":
+        """None where no process spelt it."""
+        parts = spelt.split("|")
+        if len(parts) != 4 or not (parts[1].isdecimal() and parts[2].isdecimal()):
+            return None
+        return cls(parts[0], int(parts[1]), int(parts[2]), parts[3])
+
+    @property
+    def spelt(self) -> str:
+        """For the server."""
+        return f"{self.server}|{self.master}|{self.worker}|{self.mark}"
+
+    def __str__(self) -> str:
+        """For people."""
+        return f"{self.server}, worker {self.worker}"
+
+
 class _Told(msgspec.Struct):
     """A message to all processes: of a circuit, or a question."""
 
@@ -105,6 +131,7 @@ class RedisState:
 
     def __init__(self, settings: StateUrl, clock: Callable[[], float] = time.monotonic) -> None:
         """`clock`: monotonic seconds."""
+        self._name = _Name("", 0, 0, "")
         self.name = ""
         self._password = settings.password
         self._clock = clock
@@ -136,7 +163,8 @@ class RedisState:
 
     def start(self, server: str, answers: Answers) -> None:
         """See `State`."""
-        self.name = f"{server}|{os.getppid()}|{os.getpid()}|{secrets.token_hex(4)}"
+        self._name = _Name(server, os.getppid(), os.getpid(), secrets.token_hex(4))
+        self.name = self._name.spelt
         self._answers = answers
         self._talking = threading.Thread(target=self._talk, name="state", daemon=True)
         self._talking.start()
@@ -165,15 +193,14 @@ class RedisState:
         found = self._replies(("ZRANGE", _WORKERS, 0, -1))
         if found is None:
             return Heard(problem=self._problem or "the server does not answer")
-        others = [name for name in found[0] if name != self.name]
+        others = {name: _Name.of(name) for name in found[0] if _Name.of(name) is not None}
         if once_a_server:
-            others = list({_server_of(name): name for name in found[0]}.values())
-            others = [name for name in others if _server_of(name) != _server_of(self.name)]
-        if not others:
-            return Heard()
-        answers = self._asked(question, others)
-        silent = [_shown(name) for name in others if name not in answers]
-        return Heard([answer.encode() for answer in answers.values()], silent)
+            last = {(each.server, each.master): name for name, each in others.items() if each}
+            last.pop((self._name.server, self._name.master), None)
+            others = {name: others[name] for name in last.values()}
+        others.pop(self.name, None)
+        answers = self._asked(question, list(others)) if others else {}
+        return Heard({str(each): answers.get(name, "").encode() for name, each in others.items()})
 
     def _asked(self, question: str, others: list[str]) -> dict[str, str]:
         """The answers by who gave them."""
@@ -341,7 +368,10 @@ class RedisState:
                 self._stopped.wait(LOOK)
 
     def _heard(self, data: str) -> None:
-        told = msgspec.json.decode(data, type=_Told)
+        try:
+            told = msgspec.json.decode(data, type=_Told)
+        except msgspec.DecodeError:
+            return  # of another version; the next look tells what matters
         if told.view is not None:
             circuit = self._circuits.get(told.id)
             if circuit is not None:
@@ -525,16 +555,6 @@ def _settle(answer: "Future[_Seen | None]", seen: _Seen | None) -> bool:
 
 def _owner_key(message_id: str) -> str:
     return f"{_PREFIX}owner:{message_id[:_LONGEST_ID]}"
-
-
-def _server_of(name: str) -> str:
-    return "|".join(name.split("|")[:2])
-
-
-def _shown(name: str) -> str:
-    """A process as people know it."""
-    server, _, pid, _ = name.split("|")
-    return f"{server}, worker {pid}"
 
 
 def _ms(seconds: float) -> int:

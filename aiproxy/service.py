@@ -144,7 +144,8 @@ class Service:
         """Everything that the status page shows, of all workers where they can be asked."""
         own = self._stock()
         heard = self._state.ask("status")
-        others = [msgspec.json.decode(answer, type=Stock) for answer in heard.answers]
+        found = {name: _stock_of(answer) for name, answer in heard.answers.items()}
+        others = [stock for stock in found.values() if stock is not None]
         return Status(
             version=__version__,
             now=time.time(),
@@ -157,7 +158,7 @@ class Service:
             upstreams=rows(self.doors.balancer.upstreams, self.history, others),
             workers=put_together([own, *others]),
             is_shared=self._state.is_shared,
-            silent=list(heard.silent),
+            silent=[name for name, stock in found.items() if stock is None],
             problem=heard.problem,
         )
 
@@ -167,7 +168,7 @@ class Service:
         if not self._state.is_shared:
             return self.metrics.exposition()
         heard = self._state.ask("metrics", once_a_server=True)
-        return exposition_of([self._told_metrics(), *heard.answers])
+        return exposition_of([self._told_metrics(), *heard.answers.values()])
 
     def act(self, upstream: str, action: str) -> bool:
         """Do what a button of the status page says; False where there is no such upstream or action.
@@ -195,6 +196,10 @@ class Service:
         if self._follower is not None:
             self._follower.stop()
         self._watcher.see_out(graceful_timeout)
+
+    def seen_out(self) -> None:
+        """Nothing is served any more: other processes are to know."""
+        self._state.stop()
 
     def close(self) -> None:
         """Give back the threads, their descriptors and the kept connections."""
@@ -277,6 +282,14 @@ def _proxy_secrets(config: Config) -> list[str]:
     passwords = [proxy.password for proxy in proxies if proxy.password]
     sent = [credentials(proxy.geturl()) for proxy in proxies if proxy.password]
     return [*passwords, *map(unquote, passwords), *filter(None, sent)]
+
+
+def _stock_of(answer: bytes) -> Stock | None:
+    """What another worker told, None if that was nothing; it may be of another version."""
+    try:
+        return msgspec.json.decode(answer, type=Stock)
+    except msgspec.DecodeError:
+        return None
 
 
 def _server_name(addresses: list[Any]) -> str:

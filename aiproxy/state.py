@@ -52,10 +52,9 @@ class Sharing(Protocol):
 
 
 class Heard(msgspec.Struct, frozen=True):
-    """What other processes answered."""
+    """What other processes answered, by what people call them; nothing where one did not answer."""
 
-    answers: Sequence[bytes] = ()
-    silent: Sequence[str] = ()  # who should have answered and did not, by name
+    answers: dict[str, bytes] = {}
     problem: str | None = None  # why nobody could be asked
 
 

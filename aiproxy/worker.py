@@ -33,6 +33,11 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         self._service = self.wsgi.extensions["aiproxy"]
         self._service.serve(self.cfg.threads, [listener.getsockname() for listener in self.sockets])
 
+    def run(self) -> None:
+        """Until the end, of which others are to know."""
+        super().run()
+        self._service.seen_out()
+
     def handle_exit(self, sig: int, frame: Any) -> None:
         """SIGTERM. It may interrupt anything, so the stop itself waits for the event loop's next turn."""
         self.method_queue.defer(self._stop)

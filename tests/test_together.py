@@ -60,9 +60,9 @@ class Upstream:
 class Cluster:
     """The two gunicorns; `ask` sends one request to one of them."""
 
-    def __init__(self, folder, upstreams, redis, **settings):
+    def __init__(self, folder, upstreams, redis, database=0, **settings):
         config = {
-            "state": redis.url,
+            "state": f"redis://{HOST}:{redis.port}/{database}",
             "admin_key": ADMIN,
             "breaker": {"cooldown": COOLDOWN},
             "logging": {"prompt_preview": 0},
@@ -358,7 +358,7 @@ def refuses(port):
 def test_behind_nginx_a_machine_that_is_killed_takes_only_its_own_streams_with_it(tmp_path, upstreams, redis):
     upstreams.go_on.clear()
     upstreams.down.clear()
-    machines = Cluster(tmp_path, {"a": upstreams.a}, redis, api_keys=["sk-test-client-0000"])
+    machines = Cluster(tmp_path, {"a": upstreams.a}, redis, 1, api_keys=["sk-test-client-0000"])
     key = ("x-api-key", "sk-test-client-0000")
     ports = tuple(one.port for one in machines.served)
     with (
@@ -386,13 +386,14 @@ def test_behind_nginx_a_machine_that_is_killed_takes_only_its_own_streams_with_i
                 client.post(ASK, headers=[key])
                 assert client.read().status == 200
         assert alive.process.poll() is None
+        assert len(machines.status(1)["silent"]) == 2
 
 
 @needs_nginx
 def test_a_machine_that_is_stopped_loses_nothing_on_kept_connections(tmp_path, upstreams, redis):
     upstreams.go_on.set()
     upstreams.down.clear()
-    machines = Cluster(tmp_path, {"a": upstreams.a}, redis, api_keys=["sk-test-client-0000"])
+    machines = Cluster(tmp_path, {"a": upstreams.a}, redis, 2, api_keys=["sk-test-client-0000"])
     key = ("x-api-key", "sk-test-client-0000")
     ports = tuple(one.port for one in machines.served)
     outcomes = Counter()
@@ -416,6 +417,8 @@ def test_a_machine_that_is_stopped_loses_nothing_on_kept_connections(tmp_path, u
         threading.Event().wait(0.5)
         machines.served[0].ask_to_stop()
         assert machines.served[0].wait_exit() == 0
+        status = machines.status(1)
+        assert (len(status["workers"]), status["silent"]) == (2, [])
         threading.Event().wait(0.3)
         over.set()
         for thread in threads:
