@@ -557,3 +557,16 @@ def test_without_the_package_the_log_says_what_to_install_and_the_process_serves
 def test_a_process_by_itself_does_not_even_load_the_package():
     code = "import sys, aiproxy.app; sys.exit('redis' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_a_server_that_was_made_a_replica_is_out_of_reach_until_it_is_the_master_again(
+    capsys, fragile, process
+):
+    one = process(fragile.url)
+    fragile.do("REPLICAOF", HOST, free_port())
+    await_that(lambda: away(one))
+    one.fail(3)
+    assert state_of(one) == "open"
+    fragile.do("REPLICAOF", "NO", "ONE")
+    one.joined()
+    assert capsys.readouterr().out.count("result=away") == 1
