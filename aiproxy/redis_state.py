@@ -476,6 +476,8 @@ class _Circuit:
         if seen.version:
             self._follow(seen)
             with self._lock:
+                if seen.trial != self._trial:  # it is over, or was given away
+                    self._trial = ""
                 trial = self._trial
             if trial:
                 self._send("renewed", trial, _ms(LEASE))
