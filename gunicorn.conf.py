@@ -19,4 +19,3 @@ accesslog = None  # aiproxy's own lines say more: upstream, attempts, tokens, ho
 on_starting = _master.on_starting
 when_ready = _master.when_ready
 child_exit = _master.child_exit
-on_exit = _master.on_exit

@@ -1,6 +1,7 @@
 """`python -m aiproxy check [FILE]`: whether a configuration can be served, without serving it."""
 
 import argparse
+import io
 import os
 import sys
 from pathlib import Path
@@ -15,8 +16,11 @@ def main(arguments: list[str]) -> int:
     check = commands.add_parser("check", help="tell all faults of a configuration, or sum it up")
     check.add_argument("file", nargs="?", type=Path, help="default: $AIPROXY_CONFIG, else config.yaml")
     file = parser.parse_args(arguments).file or path_from(os.environ)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names may have signs that the terminal lacks
     try:
-        config = load(file)
+        # What a shell puts together, `check <(...)`, can be read once.
+        config = load(file, content=file.read_bytes() if file.is_fifo() else None)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 1
@@ -38,8 +42,17 @@ def _summary(config: Config) -> str:
     for upstream in config.upstreams:
         share = f"{upstream.weight / total:.0%} of the requests" if upstream.enabled else "not enabled"
         models = ", ".join(sorted(upstream.available_models)) or "every model"
-        lines.append(f"  upstream {upstream.name}: {upstream.base_url}, {share}, {models}")
+        url = (
+            "an address from the environment"
+            if config.substituted.are_in(upstream.base_url)
+            else upstream.base_url
+        )
+        lines.append(f"  upstream {upstream.name}: {url}, {share}, {_printable(models)}")
     return "\n".join(lines)
+
+
+def _printable(text: str) -> str:
+    return "".join(sign if sign.isprintable() else f"\\u{ord(sign):04x}" for sign in text)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,14 @@ in its Struct and a line in its table. No fault, warning or repr shows a token o
 """
 
 import difflib
+import errno
 import ipaddress
 import json
 import math
 import os
 import re
 import ssl
+import stat
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -99,6 +101,23 @@ class StateUrl(msgspec.Struct, frozen=True):
         return unquote(urlsplit(self.url).password or "")
 
 
+class Substituted(msgspec.Struct, frozen=True):
+    """What environment variables stood for in the file: what of it is secret only they know who set them."""
+
+    values: frozenset[str] = frozenset()
+
+    def __repr__(self) -> str:
+        return "Substituted(...)"
+
+    def __rich_repr__(self) -> list[tuple[str, Any]]:
+        """As `UpstreamSettings.__rich_repr__`."""
+        return [("values", "...")]
+
+    def are_in(self, text: str) -> bool:
+        """Whether the text tells one of them; a digit or a word such as `yes` is none worth hiding."""
+        return any(len(value) >= 4 and value in text for value in self.values)
+
+
 class UpstreamSettings(msgspec.Struct, frozen=True):
     """One upstream, enabled or not.
 
@@ -156,6 +175,7 @@ class Config(msgspec.Struct, frozen=True):
     admin_key: ClientKey | None = None
     upstreams: tuple[UpstreamSettings, ...] = ()
     warnings: tuple[str, ...] = ()
+    substituted: Substituted = Substituted()
 
     @property
     def is_demo(self) -> bool:
@@ -193,12 +213,27 @@ def path_from(environ: Mapping[str, str]) -> Path:
     return Path(environ.get("AIPROXY_CONFIG") or "config.yaml")
 
 
-def load(path: Path, environ: Mapping[str, str] = os.environ, content: bytes | None = None) -> Config:
+def content_of(path: Path) -> bytes:
+    """The file's content, or so much of it that `load` finds it too large. Raises `OSError`."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO would wait for a writer
+    with open(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "no regular file")
+        return file.read(LARGEST + 1)
+
+
+def load(
+    path: Path,
+    environ: Mapping[str, str] = os.environ,
+    content: bytes | None = None,
+    was_good: bool = False,
+) -> Config:
     """Read, check and freeze the configuration; raises `ConfigError` with all of its faults.
 
-    `content`: the file's, where it has been read already.
+    `content`: the file's, where it has been read already. `was_good`: it has been in force, so that other
+    files which are gone since are no reason to refuse it.
     """
-    file = _File(path, environ)
+    file = _File(path, environ, was_good)
     root = _parse(file, path, content)
     found = root.read(lambda value: value.fields(_CONFIG))
     if found is not None and "upstreams" not in found:
@@ -211,7 +246,8 @@ def load(path: Path, environ: Mapping[str, str] = os.environ, content: bytes | N
         raise ConfigError(_in_order(file.faults))
     if listen is not None:
         found["unix_socket" if is_local else "port"] = listen
-    return Config(**found, warnings=_in_order(file.warnings))
+    substituted = Substituted(frozenset(file.substituted))
+    return Config(**found, warnings=_in_order(file.warnings), substituted=substituted)
 
 
 def is_loopback(host: str) -> bool:
@@ -255,6 +291,8 @@ _VARIABLE = re.compile(r"\$\{(?:([A-Za-z_][A-Za-z0-9_]*)\})?")
 # password or a query, long runs of letters and digits.
 _SECRET = re.compile(r"sk-[\w-]+|[\w+=]{32,}|\S*(?::|//)\S*@|[?#].*", re.DOTALL)
 _LONGEST_SHOWN = 120
+#: Bytes of a configuration; the parser takes seconds for so much.
+LARGEST = 1024 * 1024
 
 
 class _Fault(Exception):
@@ -271,11 +309,13 @@ class _File:
     Faults and warnings come with their place, the index of a character in the file.
     """
 
-    def __init__(self, path: Path, environ: Mapping[str, str]) -> None:
+    def __init__(self, path: Path, environ: Mapping[str, str], was_good: bool = False) -> None:
         name = str(path)
         self.name = name if name.isprintable() else json.dumps(name)
         self.directory = path.parent.absolute()
         self.environ = environ
+        self.was_good = was_good
+        self.substituted: set[str] = set()
         self.faults: list[tuple[int, str]] = []
         self.warnings: list[tuple[int, str]] = []
 
@@ -363,6 +403,7 @@ class _Value:
             raise _Fault(f"names {_variables(unset)}, not set in the environment, expected it to be set")
         if garbled := [name for name in self.variables if not _is_unicode(environ[name])]:
             raise _Fault(f"names {_variables(garbled)}, not UTF-8 in the environment, expected text")
+        self.file.substituted.update(environ[name] for name in self.variables)
         return _VARIABLE.sub(lambda match: environ[match[1]], literal).strip()
 
     def items(self) -> list["_Value"]:
@@ -427,7 +468,10 @@ class _Value:
 def _parse(file: _File, path: Path, content: bytes | None) -> _Value:
     """The file's one document, as a tree: nothing is built from it yet, so aliases cost nothing."""
     try:
-        text = (path.read_bytes() if content is None else content).decode("utf-8-sig")
+        content = content_of(path) if content is None else content
+        if len(content) > LARGEST:
+            raise ConfigError([f"{file.name}: is larger than 1 MB, expected a configuration"])
+        text = content.decode("utf-8-sig")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except FileNotFoundError:
         problem = "there is no such file, expected one: copy config.example.yaml there, or set AIPROXY_CONFIG"
@@ -725,6 +769,10 @@ def _unix_socket(value: _Value, text: str) -> str:
         value.refuse(
             f"an absolute path of at most {_LONGEST_SOCKET} bytes, such as unix:/run/aiproxy/aiproxy.sock"
         )
+    if os.path.exists(path[1]) and not stat.S_ISSOCK(os.stat(path[1]).st_mode):
+        raise _Fault(f"is {value.shown()}, which is there and is no socket, expected a path for one")
+    if not os.path.isdir(os.path.dirname(path[1])):
+        value.warn("is in a directory that does not exist yet")
     return path[1]
 
 
@@ -785,6 +833,8 @@ def _ca_bundle(value: _Value) -> str:
     if not text or not text.isprintable():
         value.refuse("the path of a file with certificates in PEM")
     path = str(value.file.directory / text)
+    if value.file.was_good:
+        return path
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     try:
         context.load_verify_locations(cafile=path)
@@ -873,6 +923,8 @@ def _log_file(value: _Value) -> str:
     if not text or not text.isprintable():
         value.refuse("the path of a file")
     path = Path(os.path.abspath(value.file.directory / text))
+    if value.file.was_good:
+        return str(path)
     if path.is_dir():
         raise _Fault(f"is {value.shown()}, a directory, expected the path of a file")
     if not path.parent.is_dir():

@@ -9,10 +9,12 @@ import base64
 import contextlib
 import functools
 import http.client
+import queue
 import re
 import socket
 import ssl
 import threading
+from collections.abc import Iterable
 from typing import Any, Protocol
 from urllib.parse import quote, unquote_to_bytes, urlsplit
 
@@ -61,6 +63,10 @@ class Outgoing(msgspec.Struct, frozen=True):
     def is_forwarded(self) -> bool:
         """Whether the forward proxy reads and answers the request itself: there is no tunnel through it."""
         return self.proxy is not None and self.url.startswith("http:")
+
+
+#: How an upstream is reached: its URL, its forward proxy, its CA bundle.
+Way = tuple[str, str | None, str | None]
 
 
 class Caller(Protocol):
@@ -272,6 +278,7 @@ class _Pool(HTTPConnectionPool):
     """The connections to one upstream, or to a forward proxy that plain requests go to."""
 
     ConnectionCls = _Connection
+    is_left = False  # no upstream is reached this way any more
 
     def exchange(self, caller: Caller, outgoing: Outgoing) -> urllib3.HTTPResponse:
         """Send a request and wait for the head of its answer.
@@ -319,9 +326,20 @@ class _Pool(HTTPConnectionPool):
         host = f"[{self.host}]" if ":" in self.host else self.host.rstrip(".")
         return host if self.port == self.ConnectionCls.default_port else f"{host}:{self.port}"
 
+    def leave(self) -> None:
+        """Close the kept connections, and those in use when they come back. Whoever asks may still ask."""
+        self.is_left = True
+        kept: Any = self.pool
+        with contextlib.suppress(queue.Empty):
+            while True:
+                if (connection := kept.get(block=False)) is not None:
+                    connection.close()
+
     def _put_conn(self, conn: Any) -> None:
         if conn is not None:
             conn.let_go()
+        if conn is not None and self.is_left:
+            conn.close()
         super()._put_conn(conn)
 
 
@@ -357,10 +375,16 @@ class Adapter(HTTPAdapter):
     def proxy_headers(self, proxy: str) -> dict[str, str]:
         return {"Proxy-Authorization": f"Basic {sent}"} if (sent := credentials(proxy)) else {}
 
+    def leave_all_but(self, ways: Iterable[Way]) -> None:
+        """See `_Pool.leave`."""
+        staying = {_place(url, proxy, ca_bundle) for url, proxy, ca_bundle in ways}
+        for way in set(self._kept) - staying:
+            self._kept.pop(way).leave()
+
     def _pool(self, outgoing: Outgoing) -> _Pool:
         parts = urlsplit(outgoing.url)
         verify = outgoing.ca_bundle or True
-        way = (parts.scheme, parts.netloc, outgoing.proxy, outgoing.ca_bundle)
+        way = _place(outgoing.url, outgoing.proxy, outgoing.ca_bundle)
         pool = self._kept.get(way)
         if pool is None:
             request = requests.PreparedRequest()
@@ -368,9 +392,16 @@ class Adapter(HTTPAdapter):
             proxies = {parts.scheme: outgoing.proxy} if outgoing.proxy else {}
             made: Any = self.get_connection_with_tls_context(request, verify, proxies)
             pool = self._kept[way] = made
+            pool.is_left = False
         if parts.scheme == "https":
             self.cert_verify(pool, outgoing.url, verify, None)  # type: ignore[no-untyped-call]
         return pool
+
+
+def _place(url: str, proxy: str | None, ca_bundle: str | None) -> tuple[str, str, str | None, str | None]:
+    """What requests must have in common to share connections."""
+    parts = urlsplit(url)
+    return parts.scheme, parts.netloc, proxy, ca_bundle
 
 
 def credentials(proxy: str) -> str | None:

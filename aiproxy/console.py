@@ -16,7 +16,7 @@ from .errors import ApiError
 from .headers import Pairs
 from .service import Service
 from .status import as_html, as_json
-from .views import arrived, own
+from .views import arrived, own, turn_away
 
 _TEXT = "text/plain; charset=utf-8"
 _FRESH = [("cache-control", "no-store")]
@@ -92,7 +92,7 @@ def _challenge() -> flask.Response | None:
         return None
     error = ApiError(401, "authentication_error", "The password is aiproxy's admin_key, the user any name.")
     headers: Pairs = [("www-authenticate", 'Basic realm="aiproxy", charset="UTF-8"'), *_FRESH]
-    return own(error.status, error.body(arrived().id), headers)
+    return turn_away(error, headers)
 
 
 def _password(authorization: str) -> bytes:

@@ -5,6 +5,7 @@ the client's broken connection and hides it.
 """
 
 import json
+import uuid
 from http import HTTPStatus
 
 #: HTTP status of each error type, https://docs.anthropic.com/en/api/errors.
@@ -41,6 +42,11 @@ def error_body(type_: str, message: str, request_id: str) -> bytes:
     """One error in the API's shape, as a JSON body or as the data of an `error` event."""
     error = {"type": "error", "error": {"type": type_, "message": message}, "request_id": request_id}
     return json.dumps(error).encode()
+
+
+def new_request_id() -> str:
+    """What joins the lines of one request in the log, and what the client is told."""
+    return f"req_{uuid.uuid4().hex[:24]}"
 
 
 def status_line(status: int) -> str:

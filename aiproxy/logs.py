@@ -33,9 +33,12 @@ _REDACTED = "[redacted]"
 _KEY_FORMS = re.compile(r"\bsk-[A-Za-z0-9_-]{6,}|(?i:\bbearer\s+)[A-Za-z0-9._~+/=-]{16,}")
 # Headers whose value is, or may well be, a credential; rate limits are counted in `tokens`.
 _SECRET_HEADER = re.compile(
-    r"authorization|cookie|(?:^|[-_])(?:[a-z]*key|token|secret|password|auth|jwt|credentials?|signature)(?:$|[-_])",
+    r"authorization|cookie|(?:^|[-_])(?:[a-z]*(?:key|token|secret|passw(?:or)?d|passphrase|pwd)|pass|auth|jwt"
+    r"|credentials?|sig(?:nature)?|session|sid)(?:$|[-_])",
     re.IGNORECASE,
 )
+#: Of that form, and no credential: Claude Code's name for a conversation.
+_HARMLESS_HEADER = "x-claude-code-session-id"
 #: Characters of one field at most, and of one header.
 FIELD = 500
 #: Seconds between two complaints that the log cannot be written.
@@ -54,8 +57,9 @@ _CONTROL = re.compile(rf"[\x00-\x1f]|{_UNSAFE.pattern}")
 class Redactor:
     """Takes secrets out of text before it is logged or shown."""
 
-    def __init__(self, tokens: Iterable[str], keys: Iterable[str] = ()) -> None:
-        """`tokens`: the upstreams'; `keys`: the clients'."""
+    def __init__(self, tokens: Iterable[str], keys: Iterable[str] = (), headers: Iterable[str] = ()) -> None:
+        """`tokens`: the upstreams'; `keys`: the clients'; `headers`: names of those that are configured."""
+        self._headers = frozenset(headers)
         tokens = _worth_hiding(tokens)
         self._secrets = [(secret, _core(secret)) for secret in (*tokens, *_worth_hiding(keys))]
         self._longest = max((len(secret) for secret, _ in self._secrets), default=0)
@@ -105,10 +109,15 @@ class Redactor:
         """At debug level a line with all headers, those that are credentials redacted."""
         if _LOGGER.isEnabledFor(logging.DEBUG):
             shown = [
-                self.text(f"{name}: {_REDACTED if _SECRET_HEADER.search(name) else value}", FIELD, secrets)
+                self.text(f"{name}: {_REDACTED if self._hides(name) else value}", FIELD, secrets)
                 for name, value in pairs
             ]
             self.line(logging.DEBUG, "headers", secrets, **fields, headers="\n".join(shown))
+
+    def _hides(self, header: str) -> bool:
+        if header == _HARMLESS_HEADER:
+            return False
+        return header in self._headers or _SECRET_HEADER.search(header) is not None
 
     def answer(self, body: bytes) -> bytes:
         """An upstream's error as the client may see it: the same bytes, less the upstream's own token."""
@@ -212,6 +221,8 @@ class _Stdout:
         self._stream = sys.stdout
 
     def write(self, line: str) -> None:
+        if self._stream is None:  # it was closed before the start
+            return
         self._stream.write(line)
         self._stream.flush()
 
@@ -256,6 +267,8 @@ class _Handler(logging.Handler):
             self._out.write(spelt)
         except OSError as error:
             self._complain(error)
+        except ValueError:
+            """It was closed, and standard error most likely too."""
         finally:
             self.release()
 

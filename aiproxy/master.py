@@ -4,6 +4,7 @@ The only module that knows the master. It must not import what imports prometheu
 its import whether workers share their figures.
 """
 
+import atexit
 import contextlib
 import importlib
 import json
@@ -14,6 +15,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from gunicorn.glogging import Logger
@@ -24,6 +26,7 @@ from .reload import LastGood, start
 
 #: prometheus-client's.
 METRICS = "PROMETHEUS_MULTIPROC_DIR"
+_FOLDER = "aiproxy-metrics-"
 
 
 class ServerLog(Logger):  # type: ignore[misc]
@@ -58,8 +61,10 @@ class Master:
         os.environ.pop(METRICS, None)  # of the gunicorn that this one takes the place of
         if server.cfg.workers > 1:
             # In memory: a file on a full disk, mapped as these are, would kill the process that writes.
-            memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-            os.environ[METRICS] = tempfile.mkdtemp(prefix="aiproxy-metrics-", dir=memory)
+            memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()
+            _remove_what_is_left(Path(memory))
+            os.environ[METRICS] = tempfile.mkdtemp(prefix=f"{_FOLDER}{os.getpid()}-", dir=memory)
+            atexit.register(_remove, os.environ[METRICS], os.getpid())  # also where the start fails
             os.chown(os.environ[METRICS], server.cfg.uid, server.cfg.gid)
 
     def when_ready(self, server: Any) -> None:
@@ -82,11 +87,6 @@ class Master:
         if METRICS in os.environ:
             importlib.import_module("aiproxy.metrics").process_ended(worker.pid)
 
-    def on_exit(self, server: Any) -> None:
-        """The figures end with this gunicorn; another one that takes its place has its own."""
-        if METRICS in os.environ:
-            shutil.rmtree(os.environ[METRICS], ignore_errors=True)
-
     def _check(self, addresses: Iterable[Any]) -> None:
         try:
             check_addresses(self.config, addresses)
@@ -99,6 +99,20 @@ class Master:
             logs.line(level, "start", message=text)
         else:
             print(f"warning: {text}" if level == logging.WARNING else text, flush=True)
+
+
+def _remove(folder: str, owner: int) -> None:
+    """The figures end with their gunicorn, not with one of its workers."""
+    if os.getpid() == owner:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_what_is_left(memory: Path) -> None:
+    """Of gunicorns that were killed."""
+    for folder in memory.glob(f"{_FOLDER}*"):
+        owner = folder.name.removeprefix(_FOLDER).partition("-")[0]
+        if owner.isdecimal() and not Path("/proc", owner).exists():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _example(config: Config, address: str) -> str:

@@ -6,7 +6,9 @@ symbolic link are all the same. What taking a configuration up means is the serv
 
 import fcntl
 import os
+import struct
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -14,18 +16,21 @@ from typing import Any, Protocol, Self
 import msgspec
 
 from . import logs
-from .config import ClientKey, Config, ConfigError, StateUrl, UpstreamSettings, load
+from .config import ClientKey, Config, ConfigError, StateUrl, UpstreamSettings, content_of, load
 
 #: Seconds between two looks. A change is taken up at the second look that finds it: at the first an
 #: editor may be in the middle of writing.
 LOOK = 0.5
+#: Looks until a configuration that was refused is tried again.
+_LOOKS_REFUSED = 3
 #: Where `LastGood` is: the number of a file descriptor.
 LAST_GOOD = "AIPROXY_LAST_GOOD"
 
 #: Settings that gunicorn reads once, at its start.
 _NEED_RESTART = ("bind", "listen", "workers", "state")
 #: Told otherwise: warnings by themselves, the others as `listen`.
-_LEFT_OUT = ("warnings", "port", "unix_socket")
+_LEFT_OUT = ("warnings", "port", "unix_socket", "substituted")
+_LENGTH = struct.Struct("Q")
 _LONGEST_SHOWN = 60
 
 
@@ -62,11 +67,10 @@ class LastGood:
         return cls(int(environ[LAST_GOOD])) if LAST_GOOD in environ else None
 
     def keep(self, content: bytes) -> None:
-        """Remember the content."""
+        """Remember the content: in one write, in the middle of which no process is killed."""
         fcntl.lockf(self._descriptor, fcntl.LOCK_EX)
         try:
-            os.ftruncate(self._descriptor, 0)
-            os.pwrite(self._descriptor, content, 0)
+            os.pwrite(self._descriptor, _LENGTH.pack(len(content)) + content, 0)
         finally:
             fcntl.lockf(self._descriptor, fcntl.LOCK_UN)
 
@@ -74,7 +78,8 @@ class LastGood:
         """What was kept last."""
         fcntl.lockf(self._descriptor, fcntl.LOCK_EX)
         try:
-            return os.pread(self._descriptor, os.fstat(self._descriptor).st_size, 0)
+            (length,) = _LENGTH.unpack(os.pread(self._descriptor, _LENGTH.size, 0))
+            return os.pread(self._descriptor, length, _LENGTH.size)
         finally:
             fcntl.lockf(self._descriptor, fcntl.LOCK_UN)
 
@@ -97,17 +102,18 @@ def start(path: Path, last_good: LastGood | None) -> Start:
         if last_good is None:
             raise
         content = last_good.content()
-        return Start(load(path, content=content), content, found, error.faults)
+        return Start(load(path, content=content, was_good=True), content, found, error.faults)
 
 
 class Follower:
     """Follows one file; `look` is all that its thread does."""
 
-    def __init__(self, path: Path, found: bytes | None, service: Service, last_good: LastGood | None) -> None:
-        """`found`: the content that is in force, or that was refused at the start."""
+    def __init__(self, path: Path, begun: "Start", service: Service, last_good: LastGood | None) -> None:
         self._path = path
-        self._handled = found
-        self._seen = found
+        self._handled = begun.found
+        self._seen = begun.found
+        self._refused = begun.faults
+        self._patience = _LOOKS_REFUSED
         self._service = service
         self._last_good = last_good
         self._stopped = threading.Event()
@@ -121,22 +127,33 @@ class Follower:
         self._stopped.set()
 
     def look(self) -> None:
-        """Handle a content that was there at the last look too, and is not the one handled last."""
+        """Handle a content that was there at the last look too, and is not the one handled last.
+
+        One that was refused is handled again from time to time: the fault may have been in another file.
+        """
         content = _content(self._path)
-        if content == self._seen and content != self._handled:
+        self._patience -= 1
+        is_due = content != self._handled or (self._refused and self._patience <= 0)
+        if content == self._seen and is_due:
             self._handled = content
             self._handle(content)
         self._seen = content
 
     def _handle(self, content: bytes | None) -> None:
+        began = time.monotonic()
         try:
             config = load(self._path, content=content)
             if content is None:
                 return  # it is there again: the next look reads it
             self._service.take_up(config, content)
         except ConfigError as error:
-            self._service.refuse(error.faults)
+            if error.faults != self._refused:
+                self._service.refuse(error.faults)
+            self._refused = error.faults
+            # A large file that is faulty shall not keep the parser busy.
+            self._patience = _LOOKS_REFUSED + int(20 * (time.monotonic() - began) / LOOK)
         else:
+            self._refused = ()
             if self._last_good is not None:
                 self._last_good.keep(content)
 
@@ -151,7 +168,7 @@ class Follower:
 
 def _content(path: Path) -> bytes | None:
     try:
-        return path.read_bytes()
+        return content_of(path)
     except OSError:
         return None
 
@@ -159,25 +176,41 @@ def _content(path: Path) -> bytes | None:
 def changes(old: Config, new: Config) -> list[str]:
     """What is different, a line for each setting, in the order of the settings; secrets only as changed."""
     trees = [{"listen": each.unix_socket or each.port, **_shown(each)} for each in (old, new)]
-    return list(_changes("", *trees))
+    told = [(path, _difference(was, now), path in _NEED_RESTART) for path, was, now in _changes("", *trees)]
+    return [
+        f"{path}: {'changed' if _is_secret(difference, old, new) else difference}"
+        f"{' (needs a restart)' if needs_restart else ''}"
+        for path, difference, needs_restart in told
+    ]
 
 
-def _changes(path: str, old: Any, new: Any) -> Iterator[str]:
+def _is_secret(told: str, old: Config, new: Config) -> bool:
+    """Whether it tells what an environment variable stood for: that may be a key wherever it stands."""
+    return old.substituted.are_in(told) or new.substituted.are_in(told)
+
+
+def _changes(path: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+    """The paths of settings that differ, with what they were and are."""
     if old == new:
         return
     if isinstance(old, dict) and isinstance(new, dict):
         for name in dict.fromkeys([*old, *new]):
             yield from _changes(f"{path}.{name}" if path else name, old.get(name), new.get(name))
     else:
-        remark = " (needs a restart)" if path in _NEED_RESTART else ""
-        yield f"{path}: {_difference(old, new)}{remark}"
+        yield path, old, new
 
 
 def _difference(old: Any, new: Any) -> str:
     if isinstance(old, dict | _Secret) or isinstance(new, dict | _Secret):
         return "added" if old is None else "removed" if new is None else "changed"
-    was, now = ("not set" if value is None else str(value) for value in (old, new))
+    was, now = map(_told, (old, new))
     return f"{was} -> {now}" if len(was) + len(now) <= _LONGEST_SHOWN else "changed"
+
+
+def _told(value: Any) -> str:
+    if value is None:
+        return "not set"
+    return ", ".join(sorted(value)) or "none" if isinstance(value, frozenset) else str(value)
 
 
 class _Secret(msgspec.Struct, frozen=True):

@@ -84,9 +84,9 @@ class Service:
     def follow(self, path: Path, begun: Start, last_good: LastGood | None) -> None:
         """Take up what becomes of the file, once `serve` says that this process serves."""
         self.digest = _digest(begun.content)
-        if begun.faults:
-            self.refuse(begun.faults)
-        self._follower = Follower(path, begun.found, self, last_good)
+        if begun.faults:  # another process has counted them
+            self._refuse(begun.faults)
+        self._follower = Follower(path, begun, self, last_good)
 
     def serve(self, threads: int, addresses: list[Any]) -> None:
         """`threads`: how many the server has for requests; `addresses`: those of its listening sockets."""
@@ -109,6 +109,10 @@ class Service:
         self._gate.configure(config.max_in_flight)
         staying = {upstream.name: upstream for upstream in old.balancer.upstreams}
         self.doors = self._built(config, staying, old.balancer.cursor)
+        self._transport.leave_all_but(
+            (each.settings.base_url, each.settings.proxy, each.settings.ca_bundle)
+            for each in self.doors.balancer.upstreams
+        )
         self.taken_up, self.digest, self.faults = time.time(), _digest(content), ()
         said = "; ".join(changes(old.config, config)) or "none"
         self.metrics.reloaded("applied")
@@ -118,8 +122,11 @@ class Service:
 
     def refuse(self, faults: Iterable[str]) -> None:
         """The file has become one that cannot be served: what is in force stays."""
-        self.faults = tuple(faults)
         self.metrics.reloaded("refused")
+        self._refuse(faults)
+
+    def _refuse(self, faults: Iterable[str]) -> None:
+        self.faults = tuple(faults)
         for fault in self.faults:
             logs.line(logging.ERROR, "reload", result="refused", configuration=self.digest, fault=fault)
 
@@ -267,6 +274,7 @@ def _redactor(config: Config) -> logs.Redactor:
     return logs.Redactor(
         tokens=tokens + _header_secrets(config) + _proxy_secrets(config) + state,
         keys=[each.key for each in keys],
+        headers=[name for upstream in config.upstreams for name in upstream.headers],
     )
 
 

@@ -104,18 +104,20 @@ def rows(upstreams: Sequence[Upstream], history: History, others: Sequence[Stock
     """A row for each upstream, with what `others` counted."""
     hours = [stock.hours for stock in others]
     records = {upstream.name: history.of(upstream.name, hours) for upstream in upstreams}
-    weights = sum(upstream.weight for upstream in upstreams if not upstream.draining)
+    states = {upstream.name: upstream.state for upstream in upstreams}
+    taking = {upstream.name for upstream in upstreams if states[upstream.name] != "draining"}
+    weights = sum(upstream.weight for upstream in upstreams if upstream.name in taking)
     answers = sum(record.answers for record in records.values())
     return [
         Row(
             name=upstream.name,
             host=urlsplit(upstream.settings.base_url).netloc,
-            state=upstream.state,
+            state=states[upstream.name],
             circuit=circuit.state,
             tried_again_in=circuit.seconds,
             failures_in_a_row=circuit.failures,
             weight=upstream.weight,
-            weight_share=0.0 if upstream.draining else upstream.weight / weights,
+            weight_share=upstream.weight / weights if upstream.name in taking else 0.0,
             traffic_share=record.answers / answers if answers else None,
             models=sorted(upstream.settings.available_models),
             must_stream=upstream.settings.must_stream,
@@ -191,7 +193,10 @@ def _count(number: int) -> str:
     return str(number)
 
 
-def _clock(at: float) -> str:
+def _clock(at: float, now: float) -> str:
+    """The time of day, with the date where that may be another's."""
+    if now - at > 12 * 3600:
+        return _date(at)
     return datetime.fromtimestamp(at, UTC).strftime("%H:%M:%S")
 
 

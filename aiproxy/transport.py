@@ -9,14 +9,14 @@ import contextlib
 import http.client
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import requests
 import urllib3
 
 from . import faults
-from .connection import Adapter, Outgoing
+from .connection import Adapter, Outgoing, Way
 from .demo import DemoAdapter
 from .headers import Pairs
 from .policy import Fault
@@ -163,8 +163,9 @@ class Transport:
         self._watcher = watcher
         self._resolver = Resolver()
         self._session = requests.Session()
-        self._session.mount("http://", adapter := Adapter())
-        self._session.mount("https://", adapter)
+        self._adapter = Adapter()
+        self._session.mount("http://", self._adapter)
+        self._session.mount("https://", self._adapter)
         self._session.mount("demo://", DemoAdapter())
 
     def call(self, fresh: bool = False) -> Call:
@@ -188,6 +189,10 @@ class Transport:
         if outgoing.is_forwarded and faults.wants_password(raw.status, raw.headers):
             call.close()
             raise CallFailed(Fault.CONNECT, faults.refusal(raw.status, raw.reason))
+
+    def leave_all_but(self, ways: Iterable[Way]) -> None:
+        """Close the kept connections of all other upstreams; those in use are closed when they come back."""
+        self._adapter.leave_all_but(ways)
 
     def close(self) -> None:
         """Close the kept connections."""

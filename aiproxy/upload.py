@@ -130,4 +130,5 @@ class Upload:
 
 
 def _too_large(limit: int) -> ApiError:
-    return ApiError(413, "request_too_large", f"The request body is larger than {limit / 1024 / 1024:g} MB.")
+    size = f"{limit / 1024 / 1024:g} MB" if limit >= 10_000 else f"{limit} bytes"
+    return ApiError(413, "request_too_large", f"The request body is larger than {size}.")

@@ -7,7 +7,6 @@ in the API's shape. A request is in flight from its head until its response is c
 import logging
 import socket
 import time
-import uuid
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import quote
@@ -19,7 +18,7 @@ from werkzeug.exceptions import HTTPException
 from . import body, logs
 from .attempt import Request
 from .course import Reply
-from .errors import ApiError, status_line
+from .errors import ApiError, new_request_id, status_line
 from .forwarder import Cut
 from .gate import Slot
 from .headers import Pairs
@@ -117,7 +116,7 @@ def create_blueprint(service: Service) -> flask.Blueprint:
         request = flask.request
         environ, doors = request.environ, service.doors
         flask.g.arrival = Arrival(
-            id=f"req_{uuid.uuid4().hex[:24]}",
+            id=new_request_id(),
             doors=doors,
             environ=environ,
             method=request.method,
@@ -164,21 +163,21 @@ def create_blueprint(service: Service) -> flask.Blueprint:
 def _add_error_handlers(blueprint: flask.Blueprint) -> None:
     @blueprint.app_errorhandler(ApiError)
     def ours(error: ApiError) -> flask.Response:
-        return _turn_away(error)
+        return turn_away(error)
 
     @blueprint.app_errorhandler(HTTPException)
     def flasks(error: HTTPException) -> flask.Response:
         if error.code == 405:
             allowed = error.get_response().headers.get("Allow", "")
             message = f"{flask.request.method} is not allowed here, only {allowed} is."
-            return _turn_away(ApiError(405, "invalid_request_error", message), [("allow", allowed)])
+            return turn_away(ApiError(405, "invalid_request_error", message), [("allow", allowed)])
         asked = f"{flask.request.method} {flask.request.path[:100]}"
-        return _turn_away(ApiError(404, "not_found_error", f"aiproxy does not serve {asked}."))
+        return turn_away(ApiError(404, "not_found_error", f"aiproxy does not serve {asked}."))
 
     @blueprint.app_errorhandler(Exception)
     def bug(error: Exception) -> flask.Response:
         logs.exception("bug", id=arrived().id)
-        return _turn_away(ApiError(500, "api_error", "Internal error in aiproxy; its log tells more."))
+        return turn_away(ApiError(500, "api_error", "Internal error in aiproxy; its log tells more."))
 
 
 def arrived() -> Arrival:
@@ -199,7 +198,7 @@ def _forwarded(arrival: Arrival, forward: Forward, path: str | None = None) -> f
     slot = doors.gate.enter()
     if slot is None:
         busy = ApiError(529, "overloaded_error", "aiproxy has as many requests in flight as it may have.")
-        return _turn_away(busy, [("retry-after", "1")])
+        return turn_away(busy, [("retry-after", "1")])
     visit = Visit(slot, arrival)
     try:
         client = _check_key(arrival)
@@ -315,7 +314,7 @@ def own(
     return _response(status, pairs, content)
 
 
-def _turn_away(error: ApiError, headers: Pairs | None = None) -> flask.Response:
+def turn_away(error: ApiError, headers: Pairs | None = None) -> flask.Response:
     """As `_refusal`, for a request that has no place in flight.
 
     Reading its body away takes a thread all the same: few may at a time, so that some stay free to

@@ -6,16 +6,30 @@ and unserved for as long as a stream runs: whoever connects then waits for nothi
 
 import contextlib
 import ctypes
+import logging
 import os
+import re
 import select
 import sys
 import zlib
 from typing import Any
 
+from gunicorn.http.errors import ParseException
+from gunicorn.util import write_nonblock
 from gunicorn.workers.gthread import ThreadWorker
+
+from . import logs
+from .errors import ApiError, new_request_id, status_line
 
 #: Seconds after which a thread that computes must let another one.
 _SWITCH_INTERVAL = 0.05
+#: Of gunicorn's exceptions; others are 400.
+_STATUS = {
+    "UnsupportedTransferCoding": 501,
+    "LimitRequestLine": 414,
+    "ExpectationFailed": 417,
+    "LimitRequestHeaders": 431,
+}
 #: Of glibc's malloc.h.
 _M_ARENA_MAX = -8
 
@@ -50,6 +64,29 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         """
         os._exit(0)
 
+    def handle_error(self, req: Any, client: Any, addr: Any, exc: BaseException) -> None:
+        """A request that gunicorn itself cannot read is refused in the API's shape.
+
+        gunicorn's own words repeat the part that is wrong, to the log and to the client: perhaps a key.
+        """
+        request_id = new_request_id()
+        error = _refusal(exc)
+        if isinstance(exc, ParseException):
+            logs.line(logging.WARNING, "refused", id=request_id, status=error.status, reason=error.message)
+        else:
+            logs.exception("bug", id=request_id)
+        body = error.body(request_id)
+        head = [
+            f"HTTP/1.1 {status_line(error.status)}",
+            "connection: close",
+            "content-type: application/json",
+            f"content-length: {len(body)}",
+            f"request-id: {request_id}",
+            "\r\n",
+        ]
+        with contextlib.suppress(OSError):  # it may be gone
+            write_nonblock(client, "\r\n".join(head).encode() + body)
+
     def accept(self, listener: Any) -> None:
         """As gthread's; an event from before the stop may still be on its way here."""
         if listener.sock is not None:
@@ -69,6 +106,16 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             listener.close()
         self._service.see_out(self.cfg.graceful_timeout)
         self.alive = False
+
+
+def _refusal(exc: BaseException) -> ApiError:
+    """With a status as gunicorn's, and its exception's name for a reason."""
+    if not isinstance(exc, ParseException):
+        return ApiError(500, "api_error", "Internal error in aiproxy; its log tells more.")
+    name = type(exc).__name__
+    words = " ".join(re.findall("[A-Z]+(?![a-z])|[A-Z][a-z0-9]+", name)).lower()
+    status = _STATUS.get(name, 400)
+    return ApiError(status, "invalid_request_error", f"The request is no HTTP that can be served: {words}.")
 
 
 def _pin(age: int, addresses: list[Any]) -> None:

@@ -252,6 +252,7 @@ def test_the_example_shows_every_setting() -> None:
         "port",
         "unix_socket",
         "warnings",
+        "substituted",
     }
     assert known | {"listen"} <= shown
 
@@ -364,10 +365,10 @@ def test_a_directory_is_no_file(tmp_path: Path) -> None:
 
 
 def test_an_unreadable_file_is_one_plain_line(loader: Loader, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(path: Path) -> bytes:
+    def refuse(path: Path, flags: int) -> int:
         raise PermissionError(13, os.strerror(13), str(path))
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr(os, "open", refuse)
     assert loader.fault(UPSTREAMS) == "cannot be read (Permission denied), expected a readable file"
 
 
@@ -1491,3 +1492,45 @@ def test_any_other_state_is_a_fault_that_does_not_show_it(loader: Loader, url: s
     ):
         assert told.startswith("state: is neither memory nor the URL of a Redis server, expected ")
         assert "t0ken" not in told
+
+
+def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "config.yaml")
+    with pytest.raises(ConfigError, match="cannot be read \\(no regular file\\)"):
+        load(tmp_path / "config.yaml", {})
+
+
+def test_a_file_of_more_than_a_megabyte_is_refused_without_reading_it(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ConfigError, match="is larger than 1 MB"):
+        load(path, {})
+
+
+def test_a_socket_s_path_that_is_taken_by_a_file_is_a_fault_and_a_missing_directory_only_odd(
+    tmp_path: Path, loader: Loader
+) -> None:
+    (tmp_path / "taken").touch()
+    assert "is there and is no socket" in loader.fault(f'listen: "unix:{tmp_path}/taken"{UPSTREAMS}')
+    config = loader.settings(f'listen: "unix:{tmp_path}/none/a.sock"')
+    assert config.warnings == (f"{loader.path}: listen: is in a directory that does not exist yet",)
+
+
+def test_other_files_that_are_gone_are_no_fault_of_a_configuration_that_was_good(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    one = "{base_url: 'https://a.test', token: sk-test-a, ca_bundle: gone.pem}"
+    path.write_text(f"logging: {{file: gone/a.log}}\nupstreams: [{one}]")
+    with pytest.raises(ConfigError) as caught:
+        load(path, {})
+    assert len(caught.value.faults) == 2
+    config = load(path, {}, was_good=True)
+    assert config.upstreams[0].ca_bundle == str(tmp_path / "gone.pem")
+    assert config.logging.file == str(tmp_path / "gone/a.log")
+
+
+def test_what_variables_stand_for_is_known_and_not_shown(loader: Loader) -> None:
+    config = loader("upstreams: [{base_url: 'https://a.test/${KEY}', token: sk-test-a}]", KEY="very-secret")
+    assert config.substituted.are_in("https://a.test/very-secret/")
+    assert "very-secret" not in repr(config.substituted)
+    assert not config.substituted.are_in("https://a.test/")

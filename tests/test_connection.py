@@ -235,3 +235,28 @@ def test_answers_without_a_body_leave_the_connection_as_it_is(transport, upstrea
     a = upstream(raw(b"HTTP/1.1 204 No Content\r\n\r\n", "keep"), whole(304, b""))
     assert [ask(transport, a.url) for _ in range(3)] == [b"", b"", MESSAGE]
     assert a.connections == 1
+
+
+# ----------------------------------------------------------------------------------- who is asked no more
+
+
+def test_connections_to_an_upstream_that_is_no_more_are_closed(upstream, transport):
+    gone, stays = upstream(), upstream()
+    for one in (gone, stays):
+        ask(transport, one.url)
+    running = begin(transport, gone.url)
+    transport.leave_all_but([(stays.url, None, None)])
+    assert b"".join(running.pieces()) == MESSAGE
+    running.close()
+    gone.wait_left(1)
+    ask(transport, stays.url)
+    assert stays.connections == 1
+
+
+def test_an_upstream_that_comes_back_is_kept_again(upstream, transport):
+    one = upstream()
+    ask(transport, one.url)
+    transport.leave_all_but([])
+    for _ in range(3):
+        ask(transport, one.url)
+    assert one.connections == 2

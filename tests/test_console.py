@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import re
 import signal
 import statistics
 import threading
@@ -315,3 +316,22 @@ def test_a_form_of_another_page_changes_nothing(upstream, origin):
     without = {"data": {"upstream": "a", "action": "drain"}, "headers": basic(ADMIN.key)}
     assert app.test_client().post("/status", **without).status_code == 403
     assert facts(app)["upstreams"][0]["state"] == "closed"
+
+
+def test_a_wrong_password_is_told_in_the_log(upstream, capsys):
+    app = app_of(upstream(), admin_key=ADMIN)
+    assert app.test_client().get("/status", headers=basic("sk-test-guess")).status_code == 401
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if " refused " in line]
+    assert "status=401" in line
+    assert "guess" not in line
+
+
+def test_a_failure_of_another_day_is_shown_with_its_date(upstream):
+    app = app_of(upstream(), admin_key=ADMIN)
+    history = app.extensions["aiproxy"].history
+    history._clock = lambda: time.time() - 3 * 24 * 3600
+    history.failed("a", "claude-x", "status 529")
+    history._clock = time.time
+    page = app.test_client().get("/status", headers=basic("sk-test-admin")).text
+    date = time.strftime("%Y-%m-%d", time.gmtime(time.time() - 3 * 24 * 3600))
+    assert re.search(rf"<time>{date} [0-9:]+ UTC</time>", page)

@@ -1106,7 +1106,7 @@ def test_at_debug_level_the_headers_of_all_three_are_shown_without_credentials(u
     assert shown["client"]["x-mine"] == "[redacted]!"
     assert shown["client"]["anthropic-ratelimit-tokens-limit"] == "9"
     asked = shown["upstream_request"]
-    assert (asked["x-api-key"], asked["x-gate"], asked["x-team"]) == ("[redacted]", "[redacted]", "blue")
+    assert {asked["x-api-key"], asked["x-gate"], asked["x-team"]} == {"[redacted]"}
     answered = shown["upstream_answer"]
     assert answered["set-cookie"] == "[redacted]"
     assert answered["x-echo"] == "[redacted] and [redacted]"

@@ -3,13 +3,16 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 import yaml
+from fakes import RawClient
 from prometheus_client.parser import text_string_to_metric_families
 
 from aiproxy.metrics import STRANGERS, Metrics, process_ended
@@ -484,3 +487,55 @@ def test_each_alert_says_what_to_do():
         assert rule["labels"]["severity"] in ("warning", "critical")
         assert rule["annotations"]["summary"]
         assert len(rule["annotations"]["description"]) > 100
+
+
+def folders():
+    return {path.name for path in Path("/dev/shm").glob("aiproxy-metrics-*")}
+
+
+def test_a_start_that_fails_leaves_no_figures_behind(serve, config_of, upstream):
+    taken = serve(config_of([upstream()]))
+    before = folders()
+    second = serve({**config_of([upstream()]), "listen": taken.port}, workers=2, wait=False)
+    assert second.wait_exit(20) != 0
+    assert folders() <= before
+
+
+def test_the_next_start_removes_what_a_killed_one_left(serve, config_of, upstream):
+    served = serve(config_of([upstream()]), workers=2)
+    mine = {name for name in folders() if f"-{served.process.pid}-" in name}
+    assert len(mine) == 1
+    for pid in [served.process.pid, *served.workers()]:
+        os.kill(pid, signal.SIGKILL)
+    served.process.wait()
+    serve(config_of([upstream()]), workers=2)
+    assert not mine & folders()
+
+
+def test_a_refused_file_counts_once_however_many_workers_start_while_it_lies_there(
+    tmp_path, serve, config_of, upstream
+):
+    served = serve(config_of([upstream()]), workers=2)
+    file = tmp_path / "config-1.yaml"
+    file.write_text("upstreams: []")
+    refused = 'aiproxy_reloads_total{result="refused"} 1.0'
+    await_text(served, refused)
+    old = set(served.workers())
+    os.kill(min(old), signal.SIGKILL)
+    limit = time.monotonic() + 10
+    while sum("result=refused" in line for line in served.stdout_lines()) < 3:  # two, then the new worker
+        assert time.monotonic() < limit
+        threading.Event().wait(0.05)
+    await_text(served, refused)
+
+
+def await_text(served, text):
+    limit = time.monotonic() + 5
+    while True:
+        with RawClient.to(served.url) as client:
+            client.request("GET", "/metrics")
+            found = client.read().body.decode()
+        if text in found:
+            return
+        assert time.monotonic() < limit, found
+        threading.Event().wait(0.05)

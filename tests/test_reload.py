@@ -6,6 +6,7 @@ import threading
 import time
 
 import pytest
+import trustme
 import yaml
 from fakes import RawClient, error, events, message_events
 
@@ -48,7 +49,7 @@ def write(path, upstreams, **settings):
 
 def followed(path, taker=None):
     taker = taker or Taker()
-    return taker, Follower(path, path.read_bytes(), taker, None)
+    return taker, Follower(path, start(path, None), taker, None)
 
 
 def config_of_text(tmp_path, upstreams, **settings):
@@ -149,7 +150,7 @@ def test_a_worker_that_starts_while_the_file_is_faulty_has_the_last_good_one(pat
     LastGood.create(path.read_bytes(), environ)
     last_good = LastGood.of(environ)
     taker = Taker()
-    follower = Follower(path, path.read_bytes(), taker, last_good)
+    follower = Follower(path, start(path, last_good), taker, last_good)
     write(path, [ONE], max_in_flight=7)
     follower.look()
     follower.look()
@@ -324,3 +325,72 @@ def test_a_bad_edit_and_a_dead_worker_do_not_end_the_service(upstream, serve, co
     with RawClient.to(served.url) as client:
         client.post(ASK)
         assert client.read().status == 200
+
+
+# ------------------------------------------------------------------------- what is not in the file itself
+
+
+def with_ca_bundle(path):
+    write(path, [{**ONE, "base_url": "https://a.test", "ca_bundle": "ca.pem"}])
+
+
+def looked(follower, times):
+    for _ in range(times):
+        follower.look()
+
+
+def test_a_file_that_was_refused_is_taken_up_once_what_it_lacked_is_there(path):
+    taker, follower = followed(path)
+    with_ca_bundle(path)
+    looked(follower, 2)
+    assert len(taker.faults) == 1
+    looked(follower, 12)
+    assert len(taker.faults) == 1, "the same faults are told once"
+    trustme.CA().cert_pem.write_to_path(path.parent / "ca.pem")
+    looked(follower, 4)  # of half a second each
+    assert len(taker.taken) == 1
+    looked(follower, 12)
+    assert (len(taker.taken), len(taker.faults)) == (1, 1)
+
+
+def test_a_worker_that_starts_bears_with_a_last_good_one_whose_other_files_are_gone(path):
+    with_ca_bundle(path)
+    LastGood.create(path.read_bytes(), environ := {})
+    begun = start(path, LastGood.of(environ))
+    assert begun.config.upstreams[0].ca_bundle == str(path.parent / "ca.pem")
+    assert len(begun.faults) == 1
+    os.close(int(environ["AIPROXY_LAST_GOOD"]))
+
+
+def test_a_shorter_content_leaves_nothing_of_a_longer_one():
+    LastGood.create(b"long" * 100, environ := {})
+    last_good = LastGood.of(environ)
+    last_good.keep(b"short")
+    assert last_good.content() == b"short"
+    os.close(int(environ["AIPROXY_LAST_GOOD"]))
+
+
+def test_a_fifo_in_the_file_s_place_holds_nothing_up(path):
+    taker, follower = followed(path)
+    path.unlink()
+    os.mkfifo(path)
+    looked(follower, 2)
+    assert len(taker.faults) == 1
+    path.unlink()
+    write(path, [{**ONE, "weight": 2}])
+    looked(follower, 2)
+    assert len(taker.taken) == 1
+
+
+def test_what_a_variable_stands_for_is_not_told_whatever_the_setting(path):
+    text = "upstreams: [{name: a, base_url: 'https://a.test/%s', token: sk-test-a}]"
+    old, new = (
+        load(path, {"KEY": "very-secret"}, content=(text % last).encode()) for last in ("${KEY}", "plain")
+    )
+    assert changes(old, new) == changes(new, old) == ["upstreams.a.base_url: changed"]
+
+
+def test_models_are_told_in_order(path):
+    text = "upstreams: [{name: a, base_url: 'https://a.test', token: sk-test-a, available_models: %s}]"
+    old, new = (load(path, {}, content=(text % models).encode()) for models in ("[c, a, b]", "[]"))
+    assert changes(old, new) == ["upstreams.a.available_models: a, b, c -> none"]

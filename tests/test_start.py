@@ -549,6 +549,21 @@ def test_what_the_requirements_require_is_pinned_too(path):
     assert needed <= pinned
 
 
+def test_a_closed_standard_output_fails_no_request(tmp_path):
+    port = free_port()
+    path = tmp_path / "config.yaml"
+    path.write_text(f"listen: {port}\nupstreams: [{{base_url: 'demo://answers'}}]")
+    command = ["bash", "-c", f"exec {sys.executable} -m gunicorn wsgi:app >&-"]
+    served = Served(command, ROOT, {"PATH": os.environ["PATH"], "AIPROXY_CONFIG": str(path)}, port)
+    try:
+        served.wait_until_ready()
+        with RawClient.to(served.url) as client:
+            client.post(ASK)
+            assert client.read().status == 200
+    finally:
+        served.quit()
+
+
 # Last, so that it had its time: see the fixture.
 def test_a_port_in_use_ends_the_start_and_says_which(port_in_use):
     code = port_in_use.wait_exit(10)

@@ -1,10 +1,13 @@
 """gunicorn's worker as aiproxy has it: on one core, and each on its own."""
 
 import os
+import sys
 import threading
 import time
 
 import pytest
+from conftest import ROOT, Served
+from fakes import HOST, RawClient, free_port
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -17,3 +20,40 @@ def test_each_worker_keeps_to_a_core_of_its_own(upstream, serve, config_of, work
         threading.Event().wait(0.05)
         cores = [os.sched_getaffinity(pid) for pid in served.workers()]
     assert len(set.union(*cores)) == min(workers, len(os.sched_getaffinity(0)))
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    path = tmp_path_factory.mktemp("demo") / "config.yaml"
+    path.write_text("upstreams: [{base_url: 'demo://answers'}]")
+    port = free_port()
+    command = [sys.executable, "-m", "gunicorn", "--bind", f"{HOST}:{port}", "wsgi:app"]
+    served = Served(command, ROOT, {"PATH": os.environ["PATH"], "AIPROXY_CONFIG": str(path)}, port)
+    served.wait_until_ready()
+    yield served
+    served.quit()
+
+
+@pytest.mark.parametrize(
+    ("request_", "status"),
+    [
+        (b"POST / HTTP/1.1\r\nhost: a\r\nx-api-key sk-test-secret-0001\r\n\r\n", 400),
+        (b"POST / HTTP/1.1\r\nhost: a\r\nAuthorization= Bearer sk-test-secret-0001\r\n\r\n", 400),
+        (b"sk-test-secret-0001\r\n\r\n", 400),
+        (b"POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: sk-test-secret-0001\r\n\r\n", 501),
+        (b"POST / HTTP/1.1\r\nx: " + b"sk-test-secret-0001" * 1000 + b"\r\n\r\n", 431),
+        (b"POST /" + b"sk-test-secret-0001" * 500 + b" HTTP/1.1\r\n\r\n", 414),
+    ],
+)
+def test_what_gunicorn_cannot_read_is_refused_in_the_api_s_shape_and_repeated_nowhere(
+    shared, request_, status
+):
+    with RawClient.to(shared.url) as client:
+        client.send(request_)
+        got = client.read()
+    assert got.status == status
+    error = got.json()
+    assert error["error"]["type"] == "invalid_request_error"
+    assert error["request_id"] == got.header("request-id")
+    shared.wait_for_log(f"refused id={error['request_id']} status={status} ")
+    assert "secret" not in got.body.decode() + "".join(shared.stdout_lines()) + shared.stderr
