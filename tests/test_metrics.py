@@ -516,8 +516,8 @@ def test_a_refused_file_counts_once_however_many_workers_start_while_it_lies_the
     tmp_path, serve, config_of, upstream
 ):
     served = serve(config_of([upstream()]), workers=2)
-    file = tmp_path / "config-1.yaml"
-    file.write_text("upstreams: []")
+    await_text(served, 'aiproxy_circuit_state{state="closed",upstream="a"} 2.0')  # both are there
+    (tmp_path / "config-1.yaml").write_text("upstreams: []")
     refused = 'aiproxy_reloads_total{result="refused"} 1.0'
     await_text(served, refused)
     old = set(served.workers())
