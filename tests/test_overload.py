@@ -439,6 +439,7 @@ def test_what_follows_an_upload_that_was_given_up_is_no_request(proxy, a):
         except OSError:
             pass
         assert bytes(client.raw).count(b"HTTP/1.1 ") == 1
+    proxy.wait_for_log("refused", since=since)
     assert sum("refused" in line for line in proxy.stdout_lines()[since:]) == 1
 
 

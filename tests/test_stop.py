@@ -65,10 +65,10 @@ def test_what_still_runs_before_the_end_is_told_and_counts_against_nobody(upstre
 
 def test_who_waits_to_be_accepted_when_it_stops_is_still_answered(upstream, serve, config_of):
     served = serve(config_of([upstream()]), gunicorn_args=["--graceful-timeout", "10"])
-    (worker,) = served.workers()
     with RawClient.to(served.url) as client:  # it is up, and would not miss a signal any more
         client.request("GET", "/")
         assert client.read().status == 200
+    (worker,) = served.workers()
     with contextlib.ExitStack() as stack:
         os.kill(worker, signal.SIGSTOP)
         clients = [stack.enter_context(RawClient.to(served.url)) for _ in range(8)]
