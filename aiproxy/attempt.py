@@ -139,6 +139,10 @@ class Attempt:
                 self._call.close()
         return outcome
 
+    def shown(self, error: bytes) -> bytes:
+        """See `relay.Owner`."""
+        return self._tools.redactor.answer(error)
+
     def settle(self, outcome: Outcome) -> None:
         """Give the permit back; only the first time counts."""
         self._choice.settle(outcome)

@@ -1,7 +1,7 @@
 """Connections to upstreams: urllib3's pools and sockets, our own way of dialing, asking and listening.
 
-urllib3 keeps connections, opens tunnels, speaks TLS and reads bodies. What goes out and how a head is
-read is ours: with urllib3 and http.client a request takes twice as long. A connection belongs to one
+urllib3 keeps connections, opens tunnels, speaks TLS and decodes. What goes out and how answers are read
+is ours: with urllib3 and http.client a request takes twice as long. A connection belongs to one
 `Caller` at a time, whose thread does all that blocks here; any other may abort it.
 """
 
@@ -14,7 +14,7 @@ import re
 import socket
 import ssl
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 from urllib.parse import quote, unquote_to_bytes, urlsplit
 
@@ -46,6 +46,8 @@ _SOCKET_OPTIONS = [
 _PRINTABLE = "".join(map(chr, range(0x21, 0x7F)))
 _REQUEST_LINE = re.compile(r"[A-Z]+ [!-~]+ HTTP/1\.1")
 _NAME = re.compile(r"[!-9;-~]+")
+_DIGITS = re.compile(r"[0-9]{1,19}")
+_CHUNK_SIZE = re.compile(rb"[0-9a-fA-F]{1,16}")
 _BREAKING = re.compile(r"[\0\r\n]")
 
 
@@ -95,10 +97,10 @@ class Caller(Protocol):
 
 
 class _Answer(http.client.HTTPResponse):
-    """Reads the head of an answer by itself.
+    """Reads the head of an answer by itself, and a body that is not encoded.
 
     http.client takes a head for whole that ends in the middle, and has it parsed by the email package,
-    which takes longer than all the rest of a response.
+    which takes longer than all the rest of a response. Its bodies, and urllib3's, wait for whole chunks.
     """
 
     headers: Any
@@ -133,23 +135,92 @@ class _Answer(http.client.HTTPResponse):
             if name:
                 fields.add(name, value)
             name, colon, value = text.partition(":")
-            name, value = name if colon else "", value.strip(" \t")
+            # RFC 9112 section 5.1: a proxy strips the white space that may not stand before the colon.
+            name, value = name.rstrip(" \t") if colon else "", value.strip(" \t")
         if name:
             fields.add(name, value)
         return fields
 
+    def pieces(self, size: int) -> Iterator[bytes]:
+        """The body as it arrives, in pieces of at most `size` bytes, also of chunks that are not yet whole.
+
+        Raises `http.client.IncompleteRead` where it ends early, `ValueError` where it is not chunked as it
+        says it is.
+        """
+        if self.chunked:
+            yield from self._chunks(size)
+        else:
+            yield from self._counted(self.length, size)
+        self.close()
+
+    def _chunks(self, size: int) -> Iterator[bytes]:
+        """RFC 9112 section 7.1."""
+        fp: Any = self.fp
+        while left := _chunk_size(fp.readline(_LONGEST_LINE)):
+            yield from self._counted(left, size)
+            if fp.readline(3) not in (b"\r\n", b"\n"):
+                raise http.client.IncompleteRead(b"")
+        while fp.readline(_LONGEST_LINE) not in (b"\r\n", b"\n", b""):
+            """Trailers are nobody's concern."""
+
+    def _counted(self, left: int | None, size: int) -> Iterator[bytes]:
+        """So many bytes; None: all until the connection is closed."""
+        fp: Any = self.fp
+        while left is None or left > 0:
+            piece = fp.read1(size if left is None else min(left, size))
+            if not piece:
+                if left is None:
+                    return
+                raise http.client.IncompleteRead(b"")
+            if left is not None:
+                left -= len(piece)
+            yield piece
+
     def _frame(self) -> None:
         """How the body ends (RFC 9112 section 6.3)."""
-        self.chunked = self.headers.get("transfer-encoding", "").lower() == "chunked"
+        codings = self.headers.get("transfer-encoding")
+        self.chunked = codings is not None and codings.rpartition(",")[2].strip().lower() == "chunked"
         self.chunk_left = None
-        length = self.headers.get("content-length", "")
-        is_length = length.isdecimal() and len(length) < 20  # Python refuses to read very long numbers
-        self.length = int(length) if is_length and not self.chunked else None
+        self.length = None if codings is not None else _length(self.headers.get("content-length"))
         if self.status in (204, 304) or self.status < 200 or self._method == "HEAD":  # type: ignore[attr-defined]
-            self.length = 0
-        # Without either, only its close ends the body.
+            self.chunked, self.length = False, 0
+        # Without either, only its close ends the body; where it is said twice, somebody may mean the other.
         unbounded = self.length is None and not self.chunked
-        self.will_close = unbounded or self._check_close()  # type: ignore[attr-defined]
+        is_doubtful = (codings is not None) + len(self.headers.getlist("content-length")) > 1
+        self.will_close = unbounded or is_doubtful or self._check_close()  # type: ignore[attr-defined]
+
+
+def _length(told: str | None) -> int | None:
+    """RFC 9112 section 6.3, rule 5: the same number again is that number, anything else none at all."""
+    if told is None:
+        return None
+    numbers = {each.strip() for each in told.split(",")}
+    number = numbers.pop()
+    if numbers or not _DIGITS.fullmatch(number):
+        raise http.client.HTTPException("no content-length")
+    return int(number)
+
+
+def _chunk_size(line: bytes) -> int:
+    if not line.endswith(b"\n"):
+        raise http.client.IncompleteRead(b"")
+    size = line.partition(b";")[0].strip()
+    if not _CHUNK_SIZE.fullmatch(size):
+        raise ValueError("no chunk begins like that")
+    return int(size, 16)
+
+
+class Response(urllib3.HTTPResponse):
+    """urllib3's, for its decoding and its way back to the pool."""
+
+    def __init__(self, answer: _Answer, *args: Any, **kwargs: Any) -> None:
+        super().__init__(answer, *args, **kwargs)
+        self._answer = answer
+
+    def pieces(self, size: int) -> Iterator[bytes]:
+        """See `_Answer.pieces`. Read to its end, it gives the connection back to the pool."""
+        yield from self._answer.pieces(size)
+        self.release_conn()
 
 
 class _Connection(HTTPConnection):
@@ -189,7 +260,7 @@ class _Connection(HTTPConnection):
                 self.sock.sendall(head)
                 self.sock.sendall(body)
 
-    def hear(self, method: str, pool: HTTPConnectionPool) -> urllib3.HTTPResponse:
+    def hear(self, method: str, pool: HTTPConnectionPool) -> Response:
         """Wait for the head of the answer. Read to its end, it gives the connection back to the pool."""
         answer = _Answer(self.sock, method=method)
         try:
@@ -198,7 +269,7 @@ class _Connection(HTTPConnection):
             answer.begin()
             if answer.will_close:
                 self.close()  # the answer's own file stays
-            return urllib3.HTTPResponse(
+            return Response(
                 answer,
                 answer.headers,
                 answer.status,

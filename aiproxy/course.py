@@ -169,7 +169,7 @@ class Course:
             added.append(("x-aiproxy-upstream", attempt.upstream.name))
         if value_of(headers, "request-id") is None:
             added.append(("request-id", self._request.id))
-        return Reply(status, [*headers, *added], body)
+        return Reply(status, [*self._journal.redactor.pairs(headers), *added], body)
 
 
 def _thread_not_found(failure: Failure) -> bool:

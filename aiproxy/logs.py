@@ -16,7 +16,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -118,6 +118,12 @@ class Redactor:
         if header == _HARMLESS_HEADER:
             return False
         return header in self._headers or _SECRET_HEADER.search(header) is not None
+
+    def pairs(self, headers: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+        """An answer's headers as the client may see them, less the upstream's own token."""
+        if self._tokens is None or not self._tokens.search("\n".join(value for _, value in headers)):
+            return list(headers)
+        return [(name, self._tokens.sub(_REDACTED, value)) for name, value in headers]
 
     def answer(self, body: bytes) -> bytes:
         """An upstream's error as the client may see it: the same bytes, less the upstream's own token."""

@@ -55,6 +55,10 @@ class Owner(Protocol):
 
     report: Report
 
+    def shown(self, error: bytes) -> bytes:
+        """An error of the upstream's as the client may see it."""
+        ...
+
     def settle(self, outcome: Outcome) -> None: ...
 
 
@@ -115,7 +119,7 @@ class Relay:
             try:
                 block = self._held.popleft() if self._held else self._framer.feed(next(self._pieces))
                 if block:
-                    self._note(block)
+                    block = self._noted(block)
                     self.bytes += len(block)
                     return block
             except StopIteration:
@@ -144,10 +148,11 @@ class Relay:
         """How the stream ended if nothing more comes: clients leave as soon as they know enough."""
         return "complete" if self._stopped else "error_event" if self._erred else otherwise
 
-    def _note(self, block: bytes) -> None:
+    def _noted(self, block: bytes) -> bytes:
+        """The block as it goes out."""
         # Most blocks are deltas: the plain search spares them the other, ten times as dear.
         if (b"message_" not in block and b"error" not in block) or not _NOTED.search(block):
-            return
+            return block
         for event in parse(block):
             if event.name == b"message_stop":
                 self._stopped = True
@@ -158,6 +163,7 @@ class Relay:
                 self._erred = True
             else:
                 self._owner.report.note_event(event.name, event.data)
+        return self._owner.shown(block) if self._erred else block
 
     def _break(self, how: str, detail: str) -> bytes:
         """Tell the client, then break off: the Python SDK takes a clean early end for success."""

@@ -16,7 +16,7 @@ import requests
 import urllib3
 
 from . import faults
-from .connection import Adapter, Outgoing, Way
+from .connection import Adapter, Outgoing, Response, Way
 from .demo import DemoAdapter
 from .headers import Pairs
 from .policy import Fault
@@ -103,10 +103,10 @@ class Call:
         """
         raw = self._raw
         try:
-            if raw.chunked and raw.supports_chunked_reads():
-                yield from raw.stream(PIECE, decode_content=self.decoded)
+            if isinstance(raw, Response) and not self.decoded:
+                yield from raw.pieces(PIECE)
             else:
-                # Without chunks, stream() would wait for a full buffer.
+                # Not stream(), which would wait for a full buffer.
                 yield from iter(lambda: raw.read1(PIECE, decode_content=self.decoded), b"")
         except (urllib3.exceptions.HTTPError, OSError, http.client.HTTPException, ValueError) as error:
             raise self.failure(error) from None
@@ -132,7 +132,7 @@ class Call:
         encoding = raw.headers.get("content-encoding", "identity").strip().lower()
         if encoding in _DECODABLE:
             self.decoded = True
-        elif encoding not in ("identity", ""):
+        elif encoding not in ("identity", "") and self.status < 400:  # an error is passed on as it is
             self.close()
             raise CallFailed(Fault.NO_ANSWER, f"content encoding {encoding[:20]} was not asked for")
 

@@ -226,11 +226,6 @@ def test_lengths_that_contradict_each_other_are_no_answer(transport, upstream):
     assert failed.value.fault is Fault.BROKEN
 
 
-def test_a_length_that_no_number_can_hold_is_as_good_as_none(transport, upstream):
-    head = b"HTTP/1.1 200 OK\r\ncontent-length: " + b"9" * 5000 + b"\r\n\r\n{}"
-    assert ask(transport, upstream(raw(head)).url) == b"{}"
-
-
 def test_answers_without_a_body_leave_the_connection_as_it_is(transport, upstream):
     a = upstream(raw(b"HTTP/1.1 204 No Content\r\n\r\n", "keep"), whole(304, b""))
     assert [ask(transport, a.url) for _ in range(3)] == [b"", b"", MESSAGE]
@@ -260,3 +255,93 @@ def test_an_upstream_that_comes_back_is_kept_again(upstream, transport):
     for _ in range(3):
         ask(transport, one.url)
     assert one.connections == 2
+
+
+# ------------------------------------------------------------------------------------------- how it is framed
+
+
+@pytest.mark.parametrize("length", ["abc", "-5", "+5", "0x10", "5 5", "5, 6", "5\r\n 6", "", "9" * 5000])
+def test_a_length_that_is_none_ends_the_call_at_once(upstream, transport, length):
+    head = f"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n"
+    with pytest.raises(CallFailed) as failed:
+        ask(transport, upstream(raw(head.encode() + MESSAGE, "hang")).url)
+    assert failed.value.fault is Fault.BROKEN
+
+
+def test_white_space_before_a_colon_is_no_part_of_the_name(upstream, transport):
+    head = b"HTTP/1.1 200 OK\r\nContent-Type : application/json\r\nContent-Length\t: %d\r\n\r\n" % len(
+        MESSAGE
+    )
+    call = begin(transport, upstream(raw(head + MESSAGE, "hang")).url)
+    assert b"".join(call.pieces()) == MESSAGE
+    assert dict(call.headers) == {"content-type": "application/json", "content-length": str(len(MESSAGE))}
+    call.close()
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+def chunk_after_chunk(gate, end):
+    """One chunk of two halves, the second after the gate is opened."""
+
+    def reply(wire, seen):
+        wire.send(CHUNKED + b"a\r\nfirst")
+        wire.pause(gate)
+        wire.send(end)
+
+    return reply
+
+
+def test_what_is_there_of_a_chunk_goes_on_before_the_rest_is_there(upstream, transport):
+    gate = threading.Event()
+    call = begin(transport, upstream(chunk_after_chunk(gate, b"other\r\n0\r\n\r\n")).url)
+    pieces = call.pieces()
+    assert next(pieces) == b"first"
+    gate.set()
+    assert list(pieces) == [b"other"]
+    call.close()
+
+
+@pytest.mark.parametrize("rest", [b"", b"oth", b"other", b"other\r\n", b"other\r\n0"])
+def test_what_came_of_a_chunked_body_that_is_cut_short_is_not_lost(upstream, transport, rest):
+    gate = threading.Event()
+    gate.set()
+
+    def reply(wire, seen):
+        chunk_after_chunk(gate, rest)(wire, seen)
+        wire.close()
+
+    call = begin(transport, upstream(reply).url)
+    got = b""
+    with pytest.raises(CallFailed) as failed:
+        for piece in call.pieces():
+            got += piece
+    assert (failed.value.fault, got) == (Fault.BROKEN, (b"first" + rest)[:10])
+    call.close()
+
+
+@pytest.mark.parametrize("end", [b"0\r\n\r\n", b"0\n\n", b"0\r\n\n", b"000;x=y\r\nx-trailer: 1\r\n\r\n"])
+def test_each_usual_end_of_a_chunked_body_ends_it_and_keeps_the_connection(upstream, transport, end):
+    one = upstream(raw(CHUNKED + b"5;ext=1\r\nfirst\r\n" + end, "keep"))
+    assert ask(transport, one.url) == b"first"
+    ask(transport, one.url)
+    assert one.connections == 1
+
+
+@pytest.mark.parametrize("size", [b"", b"x", b"-1", b"+5", b"0x5", b"5 5", b"1" * 17])
+def test_what_is_no_chunk_ends_the_call(upstream, transport, size):
+    with pytest.raises(CallFailed):
+        ask(transport, upstream(raw(CHUNKED + size + b"\r\nfirst\r\n0\r\n\r\n", "hang")).url)
+
+
+def test_an_answer_without_a_body_is_not_waited_for(upstream, transport):
+    call = begin(transport, upstream(raw(CHUNKED.replace(b"200 OK", b"204 No Content"), "hang")).url)
+    assert list(call.pieces()) == []
+    call.close()
+
+
+@pytest.mark.parametrize("coding", ["br", "zstd", "x"])
+def test_an_error_in_a_coding_nobody_asked_for_is_still_that_error(upstream, transport, coding):
+    call = begin(transport, upstream(whole(429, b"?", headers=[("content-encoding", coding)])).url)
+    assert (call.status, b"".join(call.pieces())) == (429, b"?")
+    call.close()

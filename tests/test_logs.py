@@ -706,6 +706,22 @@ def test_the_client_s_copy_of_an_error_is_without_the_upstream_s_token(upstream,
     assert response.content_length == len(response.data)
 
 
+@pytest.mark.parametrize("status", [200, 401])
+def test_a_client_never_sees_the_upstream_s_token_in_a_header(upstream, status):
+    echoed = [("x-echo", f"{TOKEN} was sent"), ("x-plain", "as it is")]
+    got = in_process(upstream(whole(status, message_json(), headers=echoed))).post("/v1/messages", json=ask())
+    assert got.status_code == status
+    assert (got.headers["x-echo"], got.headers["x-plain"]) == ("[redacted] was sent", "as it is")
+
+
+def test_a_client_never_sees_the_upstream_s_token_in_an_error_in_the_middle(upstream):
+    spoken = message_events(["one", "two"])
+    reply = events([*spoken[:4], error_event(message=f"{TOKEN} is exhausted"), spoken[4]])
+    got = in_process(upstream(reply)).post("/v1/messages", json=ask(stream=True))
+    assert b"[redacted] is exhausted" in got.data
+    assert TOKEN.encode() not in got.data
+
+
 def test_only_the_token_goes_from_the_client_s_copy():
     said = logs.Redactor([TOKEN]).answer(f'{{"error":"{TOKEN} is wrong"}}'.encode())
     assert said == b'{"error":"[redacted] is wrong"}'
