@@ -217,9 +217,10 @@ def content_of(path: Path) -> bytes:
     """The file's content, or so much of it that `load` finds it too large. Raises `OSError`."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO would wait for a writer
     with open(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "no regular file")
-        return file.read(LARGEST + 1)
+        return file.read(min(status.st_size, LARGEST) + 1)
 
 
 def load(

@@ -20,9 +20,9 @@ from .config import ClientKey, Config, ConfigError, StateUrl, UpstreamSettings, 
 
 #: Seconds between two looks. A change is taken up at the second look that finds it: at the first an
 #: editor may be in the middle of writing.
-LOOK = 0.5
+LOOK = 0.75
 #: Looks until a configuration that was refused is tried again.
-_LOOKS_REFUSED = 3
+_LOOKS_REFUSED = 2
 #: Where `LastGood` is: the number of a file descriptor.
 LAST_GOOD = "AIPROXY_LAST_GOOD"
 

@@ -347,7 +347,7 @@ def test_a_file_that_was_refused_is_taken_up_once_what_it_lacked_is_there(path):
     looked(follower, 12)
     assert len(taker.faults) == 1, "the same faults are told once"
     trustme.CA().cert_pem.write_to_path(path.parent / "ca.pem")
-    looked(follower, 4)  # of half a second each
+    looked(follower, 2)  # at most a second and a half
     assert len(taker.taken) == 1
     looked(follower, 12)
     assert (len(taker.taken), len(taker.faults)) == (1, 1)
