@@ -19,6 +19,7 @@ DROP_SECONDS = 30.0
 SILENCE = 60.0
 
 _PIECE = 1024 * 1024
+_DROPPED = 64 * 1024  # gunicorn copies each piece several times
 
 
 class Upload:
@@ -94,7 +95,7 @@ class Upload:
     def _any(self) -> bytes:
         """The next bytes to throw away, none at the end or when the client is gone or too slow."""
         try:
-            return self._read(_PIECE, DROP_SECONDS)
+            return self._read(_DROPPED, DROP_SECONDS)
         except Exception:  # as above; the answer may still reach the client
             self._spoilt = True
             return b""
