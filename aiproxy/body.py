@@ -15,8 +15,22 @@ import msgspec
 from .errors import ApiError
 
 _MEMBERS = msgspec.json.Decoder(dict[str, msgspec.Raw])
-_LIST = msgspec.json.Decoder(list[msgspec.Raw])
 _WHITE_SPACE = re.compile(r"[ \t\n\r]*")
+
+
+class _Message(msgspec.Struct):
+    role: Any = None
+    content: msgspec.Raw = msgspec.Raw(b'""')
+
+
+class _Block(msgspec.Struct):
+    type: Any = None
+    text: msgspec.Raw = msgspec.Raw(b'""')
+
+
+_MESSAGE, _MESSAGES = msgspec.json.Decoder(_Message), msgspec.json.Decoder(list[_Message])
+_BLOCKS = msgspec.json.Decoder(list[_Block])
+_UNREADABLE = (ValueError, msgspec.DecodeError, RecursionError)
 
 
 class Body(msgspec.Struct, frozen=True):
@@ -41,33 +55,34 @@ class Body(msgspec.Struct, frozen=True):
         return b"".join([b"{", *pieces[1:], b"}"])
 
     def preview(self) -> str:
-        """The last user message's text, for the log."""
+        """The last text of the user's, for the log; what tools answered since then is none."""
+        raw = self.members.get("messages", b"[]")
         try:
-            raw = self.members.get("messages", b"[]")
-            for fields in _last_message(raw) or map(members, _backwards(raw)):
-                if text(fields.get("role", b"null")) == "user":
-                    return _text_of(json.loads(fields.get("content", b"null")))
-        except (ValueError, RecursionError, msgspec.DecodeError):
+            for message in _backwards(raw):
+                if message.role == "user" and (found := _text_of(bytes(message.content))):
+                    return found
+        except _UNREADABLE:
             pass
         return ""
 
 
-def _last_message(messages: bytes) -> list[dict[str, bytes]]:
-    """The members of the last message, if it is a user's and begins with its role, as SDKs write it.
+def _backwards(messages: bytes) -> Iterator[_Message]:
+    if (last := _last_user_message(messages)) is not None:
+        yield last
+    yield from reversed(_MESSAGES.decode(messages))
+
+
+def _last_user_message(messages: bytes) -> _Message | None:
+    """The last message, if it is a user's and begins with its role, as SDKs write it.
 
     Spares the reading of all messages. The mark cannot stand in a string, where its quotes would be
     escaped, nor before a smaller object, whose end would not be that of the list.
     """
     start = messages.rfind(b'{"role"')
     try:
-        fields = members(messages[start:].removesuffix(b"]")) if start > 0 else {}
-    except ValueError:
-        return []
-    return [fields] if fields.get("role") == b'"user"' else []
-
-
-def _backwards(messages: bytes) -> Iterator[bytes]:
-    return map(bytes, reversed(_LIST.decode(messages)))
+        return _MESSAGE.decode(messages[start:].removesuffix(b"]")) if start > 0 else None
+    except _UNREADABLE:
+        return None
 
 
 def read(raw: bytes) -> Body:
@@ -173,13 +188,12 @@ def _key(name: str) -> bytes:
         return json.dumps(name).encode()
 
 
-def _text_of(content: Any) -> str:
+def _text_of(content: bytes) -> str:
     """The text of a message's content: the string itself, or its last text block's."""
-    if isinstance(content, str):
-        return content
-    blocks = content if isinstance(content, list) else []
-    texts = [block.get("text") for block in blocks if isinstance(block, dict) and block.get("type") == "text"]
-    return next((found for found in reversed(texts) if isinstance(found, str)), "")
+    if (string := text(content)) is not None:
+        return string
+    texts = (text(bytes(block.text)) for block in reversed(_BLOCKS.decode(content)) if block.type == "text")
+    return next(filter(None, texts), "")
 
 
 def _invalid(message: str) -> ApiError:

@@ -112,6 +112,25 @@ def test_the_preview_is_the_last_user_text():
     assert preview([{"role": "user", "content": "one"}, {"role": "user", "content": blocks}]) == "last"
 
 
+def test_what_tools_answered_does_not_hide_the_last_user_text():
+    asked = {"role": "user", "content": [{"type": "text", "text": "one"}]}
+    use = {"role": "assistant", "content": [{"type": "tool_use", "id": "1", "name": "a", "input": {}}]}
+    nested = [{"type": "text", "text": "a tool's"}]
+    result = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "1", "content": nested}]}
+    assert preview([asked, use, result, use, result]) == "one"
+
+
+@pytest.mark.parametrize("last", [{"content": "one", "role": "user"}, {"role": "user", "content": "one"}])
+def test_the_last_message_is_found_in_any_order_of_its_members(last):
+    nested = {"role": "assistant", "content": [{"role": "user"}, {"a": {"role": "user", "content": 1}}]}
+    assert (
+        preview([last])
+        == preview([last, nested])
+        == preview([nested, {**last, "more": {"role": 1}}])
+        == "one"
+    )
+
+
 @pytest.mark.parametrize(
     "messages", [[], None, "x", [1], [{"role": "user"}], [{"role": "user", "content": 5}]]
 )
