@@ -234,7 +234,7 @@ def _check_key(arrival: Arrival) -> str | None:
         return None
     owner = keys.owner(_client_headers(arrival.environ))
     if owner is None:
-        raise ApiError(401, "authentication_error", "This is no key of aiproxy's.")
+        raise ApiError(401, "authentication_error", "The key is not one of aiproxy's.")
     return owner
 
 
