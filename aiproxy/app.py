@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 import flask
 
-from . import logs
+from .balancing.state import Alone, State
 from .config import Config
-from .console import create_console
-from .metrics import Metrics
-from .service import Service
-from .state import Alone, State
-from .views import create_blueprint
+from .serving.console import create_console
+from .serving.service import Service
+from .serving.views import create_blueprint
+from .telemetry import logs
+from .telemetry.metrics import Metrics
 
 
 def create_app(
@@ -40,7 +40,7 @@ def _state(config: Config) -> State:
     if config.state is None:
         return Alone()
     try:
-        state: State = importlib.import_module("aiproxy.redis_state").RedisState(config.state)
+        state: State = importlib.import_module("aiproxy.balancing.redis_state").RedisState(config.state)
     except ImportError as error:
         logs.configure(config.logging)
         logs.line(logging.ERROR, "state", result="away", reason=f"{error}: pip install -r requirements.txt")

@@ -48,9 +48,11 @@ from fakes import (
 from werkzeug.test import create_environ
 
 from aiproxy.app import create_app
-from aiproxy.breaker import Breaker
+from aiproxy.balancing.breaker import Breaker
+from aiproxy.calling import connection
+from aiproxy.calling.transport import Transport
 from aiproxy.config import BreakerSettings, Config, Timeouts, UpstreamSettings
-from aiproxy.transport import Transport
+from aiproxy.serving import service
 
 MB = 1024 * 1024
 QUESTION = {"model": "claude-x", "max_tokens": 8, "messages": [{"role": "user", "content": "Hi"}]}
@@ -160,11 +162,10 @@ class Proxy:
         self._transports = []
         settings = tuple(_settings(chr(97 + n), one) for n, one in enumerate(upstreams))
         with (
-            patch("aiproxy.service.Breaker", lambda *args: self._kept(self._breakers, Recorded(*args))),
-            patch("aiproxy.service.Transport", lambda *args: self._kept(self._transports, Transport(*args))),
-            patch(
-                "aiproxy.connection.POOL", 16
-            ),  # a pool is filled with as many blanks, which takes its time
+            patch.object(service, "Breaker", lambda *args: self._kept(self._breakers, Recorded(*args))),
+            patch.object(service, "Transport", lambda *args: self._kept(self._transports, Transport(*args))),
+            # A pool is filled with as many blanks, which takes its time.
+            patch.object(connection, "POOL", 16),
         ):
             self.app = create_app(
                 Config(
@@ -1322,7 +1323,7 @@ def test_an_error_that_is_compressed_is_told_in_clear(upstream, proxy):
 def test_a_bug_of_ours_is_a_500_that_no_upstream_is_charged_for(upstream, proxy, monkeypatch, stream):
     a, b = upstream(), upstream()
     one = proxy(a, b)
-    monkeypatch.setattr("aiproxy.attempt.to_client", lambda *_: 1 / 0)
+    monkeypatch.setattr("aiproxy.forwarding.attempt.to_client", lambda *_: 1 / 0)
     given = one.ask(stream)
     assert (given.status, given.json()["error"]["type"]) == (500, "api_error")
     assert seen(a, b) == [1, 0]
@@ -1337,7 +1338,7 @@ def test_a_bug_of_ours_gives_a_trial_back(upstream, proxy, clock, monkeypatch):
     one.ask()
     clock.now += 60
     with monkeypatch.context() as broken:
-        broken.setattr("aiproxy.attempt.members", lambda *_: 1 / 0)
+        broken.setattr("aiproxy.forwarding.attempt.members", lambda *_: 1 / 0)
         assert one.ask().status == 500
     assert one.breakers["a"].kinds == ["ordinary", "trial"]
     assert one.ask().status == 200
@@ -1346,7 +1347,7 @@ def test_a_bug_of_ours_gives_a_trial_back(upstream, proxy, clock, monkeypatch):
 def test_a_bug_of_ours_after_a_refusal_charges_nobody(upstream, proxy, monkeypatch):
     one = proxy(upstream(error(400)), upstream())
     with monkeypatch.context() as broken:
-        broken.setattr("aiproxy.attempt.Attempt._whole", lambda *_: 1 / 0)
+        broken.setattr("aiproxy.forwarding.attempt.Attempt._whole", lambda *_: 1 / 0)
         assert one.ask().status == 500
     assert one.outcomes() == [["undecided"], ["undecided"]]
 

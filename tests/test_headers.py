@@ -2,7 +2,7 @@
 
 import pytest
 
-from aiproxy.headers import media_type, to_client, to_upstream
+from aiproxy.messages.headers import media_type, to_client, to_upstream
 
 CREDENTIAL = ("x-api-key", "sk-test-upstream")
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from aiproxy.body import members
-from aiproxy.report import Report
+from aiproxy.messages.body import members
+from aiproxy.messages.report import Report
 
 ALL = {
     "input_tokens": 11,

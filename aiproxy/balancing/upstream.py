@@ -1,0 +1,63 @@
+"""One upstream: its settings, its model map, its circuit breaker, and who else is to know of that."""
+
+import hashlib
+
+import msgspec
+
+from ..config import UpstreamSettings
+from ..messages.headers import Pairs
+from .breaker import Breaker
+from .state import Shared, Unshared
+
+#: Where `base_url` ends and the API begins: `base_url` is what ANTHROPIC_BASE_URL would be.
+MESSAGES = "/v1/messages"
+
+#: The settings that make an upstream another one; a new key may end what kept the old one failing.
+_ACCOUNT = ("name", "base_url", "token", "auth", "headers", "proxy", "ca_bundle")
+
+
+class Upstream:
+    """Settings are read-only; the breaker guards its own state."""
+
+    def __init__(self, settings: UpstreamSettings, breaker: Breaker) -> None:
+        self.settings = settings
+        self.breaker = breaker
+        self.name = settings.name
+        self.weight = max(1, settings.weight)
+        #: The processes that have the same upstream.
+        self.shared: Shared = Unshared()
+        #: Taken out by hand: no new requests, not even as the last resort.
+        self.draining = False
+        self.extra_headers: Pairs = [(name.lower(), value) for name, value in settings.headers.items()]
+        bearer = settings.auth == "bearer"
+        self.credential = (
+            ("authorization", f"Bearer {settings.token}") if bearer else ("x-api-key", settings.token)
+        )
+
+    @property
+    def state(self) -> str:
+        """Its circuit's, or `draining`."""
+        return "draining" if self.draining else self.breaker.circuit().state
+
+    @property
+    def id(self) -> str:
+        """The same in each process that knows it as the same account; tells no secret."""
+        account = [getattr(self.settings, name) for name in _ACCOUNT]
+        return f"{self.name}:{hashlib.sha256(msgspec.json.encode(account)).hexdigest()[:16]}"
+
+    def is_same_account(self, settings: UpstreamSettings) -> bool:
+        """Whether what is known of this upstream's health is true of one with these settings too."""
+        return all(getattr(self.settings, name) == getattr(settings, name) for name in _ACCOUNT)
+
+    def serves(self, model: str) -> bool:
+        """Whether the client's `model` may go here; no list means every model."""
+        available = self.settings.available_models
+        return not available or model in available
+
+    def model_for(self, model: str) -> str:
+        """What this upstream calls the client's `model`."""
+        return self.settings.model_mappings.get(model, model)
+
+    def url(self, path: str, query: str) -> str:
+        """The address of an API path; `query` is the client's, without its question mark."""
+        return f"{self.settings.base_url}{path}?{query}" if query else f"{self.settings.base_url}{path}"

@@ -1,0 +1,364 @@
+"""One attempt at one upstream: open, read up to the commit point, relay, settle once.
+
+Up to the commit point a failure costs the client nothing. From there on a `Relay` owns the attempt.
+"""
+
+import contextlib
+import logging
+import re
+import time
+from collections import deque
+from collections.abc import Iterator
+
+import msgspec
+
+from ..balancing.balancer import Choice
+from ..balancing.breaker import Outcome, Pass
+from ..balancing.upstream import MESSAGES
+from ..calling.connection import Outgoing
+from ..calling.transport import Call, CallFailed, Transport
+from ..calling.watch import Deadline, Reason, Scope, Watcher
+from ..config import Timeouts
+from ..errors import STATUS_OF_TYPE
+from ..messages import sse
+from ..messages.body import Body, members, text
+from ..messages.collect import Collector, Malformed
+from ..messages.headers import Pairs, media_type, to_client, to_upstream, value_of
+from ..messages.report import Report
+from ..policy import Fault, seconds_of
+from ..telemetry import logs
+from .relay import AFTER_STOP, Relay
+
+#: Bytes of a whole answer, of a collected stream, and of what is held before a stream's commit point.
+ANSWER_LIMIT = 64 * 1024 * 1024
+#: Bytes of an error's body.
+ERROR_LIMIT = 16 * 1024 * 1024
+#: Bytes read of an answer of the wrong type, to tell the log what it was.
+_SAMPLE = 4096
+
+_JSON, _EVENTS = "application/json", "text/event-stream"
+_MEDIA_TYPE = re.compile(r"(?:text|application|image|audio|video|multipart)/[a-z0-9.+-]{1,40}")
+_PARTIAL_STRINGS = "fine-grained-tool-streaming-2025-05-14"
+
+
+class Request(msgspec.Struct, frozen=True):
+    """What a client asked: the same for every attempt."""
+
+    id: str
+    method: str
+    path: str
+    query: str
+    headers: tuple[tuple[str, str], ...]
+    body: Body
+    client: str | None  # the name of its key
+    secrets: tuple[str, ...]  # the client's credentials, so that no log shows them
+    began: float  # monotonic seconds
+    scope: Scope  # ends the request's calls when the client leaves
+
+
+class Failure(msgspec.Struct, frozen=True):
+    """An attempt that brought no answer."""
+
+    fault: Fault
+    detail: str
+    status: int | None = None  # of the error that the upstream answered, with its headers and body
+    headers: Pairs = []
+    body: bytes = b""
+    retry_after: float | None = None  # seconds
+
+
+def error_of(failure: Failure) -> dict[str, str | None]:
+    """The message and the `error_code` of an error body, None where it has none."""
+    try:
+        error = members(members(failure.body).get("error", b""))
+    except ValueError:
+        return {}
+    try:
+        code = text(members(error.get("details", b"")).get("error_code", b""))
+    except ValueError:
+        code = None
+    return {"message": text(error.get("message", b"")), "error_code": code}
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """An attempt's answer, committed: whole, or a `Relay` that goes on."""
+
+    status: int
+    headers: Pairs
+    body: bytes | Relay
+
+
+class Tools(msgspec.Struct, frozen=True):
+    """What every attempt works with."""
+
+    transport: Transport
+    watcher: Watcher
+    timeouts: Timeouts
+    redactor: logs.Redactor
+
+
+class Attempt:
+    """Used by one thread at a time: the request's."""
+
+    def __init__(self, tools: Tools, choice: Choice, request: Request) -> None:
+        self.upstream = choice.upstream
+        self.report = Report()
+        self.status: int | None = None
+        self.upstream_request_id: str | None = None
+        self.first_byte: float | None = None  # seconds from the attempt's start to the answer's head
+        self.reconnected = False
+        self.model = choice.upstream.model_for(request.body.model)
+        self._tools = tools
+        self._request = request
+        self._choice = choice
+        asks_for_message = request.path == MESSAGES
+        must_stream = choice.upstream.settings.must_stream and asks_for_message
+        self._collects = must_stream and not request.body.stream
+        self._streams = must_stream or (request.body.stream and asks_for_message)
+        self._began = time.monotonic()
+        self._call: Call | None = None
+        self._deadlines: list[Deadline] = []
+
+    @property
+    def is_last_resort(self) -> bool:
+        """Whether its failure changes nothing."""
+        return self._choice.kind is Pass.LAST_RESORT
+
+    def run(self) -> Answer | Failure:
+        """Ask the upstream, up to the commit point. A failure's permit is still to be settled."""
+        relaying = False
+        try:
+            outcome = self._run()
+            relaying = isinstance(outcome, Answer) and isinstance(outcome.body, Relay)
+        except CallFailed as failed:
+            outcome = Failure(failed.fault, failed.detail)
+        except sse.EventTooLarge:
+            outcome = Failure(Fault.BROKEN, "an event is over the size limit")
+        finally:
+            self._forget_deadlines()
+            if self._call is not None and not relaying:
+                self._call.close()
+        return outcome
+
+    def shown(self, error: bytes) -> bytes:
+        """See `relay.Owner`."""
+        return self._tools.redactor.answer(error)
+
+    def settle(self, outcome: Outcome) -> None:
+        """Give the permit back; only the first time counts."""
+        self._choice.settle(outcome)
+
+    def rest(self, seconds: float) -> None:
+        """Give the permit back and let the upstream rest."""
+        self._choice.rest(seconds)
+
+    def _run(self) -> Answer | Failure:
+        call = self._send()
+        self.first_byte = time.monotonic() - self._began
+        self.status = call.status
+        self.upstream_request_id = value_of(call.headers, "request-id")
+        self._log_headers("upstream_answer", call.headers)
+        if call.status >= 400:
+            return self._error(call.status, _read(call, ERROR_LIMIT), call.headers)
+        if not 200 <= call.status < 300:
+            return Failure(Fault.NO_ANSWER, f"status {call.status}")
+        kind = media_type(call.headers)
+        if kind != (_EVENTS if self._streams else _JSON):
+            return self._wrong_type(call, kind)
+        if not self._streams:
+            return self._whole(call)
+        return self._collected(call) if self._collects else self._stream(call)
+
+    def _send(self) -> Call:
+        """Send the request; once more on a fresh connection if a reused one turns out to be dead."""
+        body = self._request.body.spliced(self.model, self._streams or self._request.body.stream)
+        headers = to_upstream(self._request.headers, self.upstream.credential, self.upstream.extra_headers)
+        settings = self.upstream.settings
+        url = self.upstream.url(self._request.path, self._request.query)
+        outgoing = Outgoing(self._request.method, url, headers, body, settings.proxy, settings.ca_bundle)
+        self._log_headers("upstream_request", headers)
+        for fresh in (False, True):
+            call = self._call = self._tools.transport.call(fresh)
+            self._request.scope.enter(call)
+            self._set_deadlines(call)
+            try:
+                self._tools.transport.send(call, outgoing)
+            except CallFailed as failed:
+                if fresh or not failed.stale:
+                    raise
+                self.reconnected = True
+                self._forget_deadlines()
+            else:
+                return call
+        raise AssertionError("a fresh connection is never stale")
+
+    def _log_headers(self, of: str, headers: Pairs) -> None:
+        self._tools.redactor.headers(
+            headers, self._request.secrets, id=self._request.id, of=of, upstream=self.upstream.name
+        )
+
+    def _set_deadlines(self, call: Call) -> None:
+        """Totals from the attempt's start: a stream's to its commit point, a whole answer's to its end.
+
+        A stream that is to be collected has both: for its head and for its end.
+        """
+        timeouts = self._tools.timeouts
+        limits = [timeouts.first_byte] if self._streams else []
+        if not self._streams or self._collects:
+            limits.append(timeouts.answer)
+        spent = time.monotonic() - self._began
+        self._deadlines = [
+            self._tools.watcher.deadline(call, max(0.0, limit - spent), Reason.TIMEOUT) for limit in limits
+        ]
+
+    def _forget_deadlines(self) -> None:
+        for deadline in self._deadlines:
+            deadline.cancel()
+
+    def _whole(self, call: Call) -> Answer | Failure:
+        body = _read(call, ANSWER_LIMIT)
+        try:
+            message = members(body)
+        except ValueError:
+            return Failure(Fault.NO_ANSWER, "the body is no JSON object", body=body[:_SAMPLE])
+        if _is_error(message):
+            return self._error(_status_of(message), body, call.headers)
+        self.report.note_answer(message)
+        self.settle(Outcome.SUCCESS)
+        return Answer(call.status, to_client(call.headers, call.decoded), body)
+
+    def _collected(self, call: Call) -> Answer | Failure:
+        """`must_stream`: read the whole event stream and answer with the Message it spells."""
+        self._deadlines[0].cancel()
+        call.idle(self._tools.timeouts.idle)
+        betas = value_of(self._request.headers, "anthropic-beta") or ""
+        collector = Collector(partial_strings=_PARTIAL_STRINGS in betas)
+        framer = sse.Framer(pass_on=False)
+        try:
+            pieces = call.pieces()
+            for piece in _limited(pieces, ANSWER_LIMIT):
+                for event in sse.parse(framer.feed(piece)):
+                    collector.feed(event)
+                    if event.name in (b"message_start", b"message_delta"):
+                        self.report.note_event(event.name, event.data)
+                if collector.error is not None:
+                    return self._error_event(collector.error, call.headers)
+                if collector.complete:
+                    _await_end(call, pieces)
+                    break
+            message = collector.message()
+        except Malformed as malformed:
+            return Failure(Fault.NO_ANSWER, f"no Message: {malformed}")
+        if collector.repaired:
+            logs.line(logging.WARNING, "repaired", id=self._request.id, what="a tool input that was cut off")
+        self.settle(Outcome.SUCCESS)
+        headers = [pair for pair in to_client(call.headers, call.decoded) if pair[0] != "content-type"]
+        return Answer(call.status, [*headers, ("content-type", _JSON)], message)
+
+    def _stream(self, call: Call) -> Answer | Failure:
+        """Read up to the commit point: an event that is neither `message_start` nor the first `ping`."""
+        framer = sse.Framer()
+        pieces = call.pieces()
+        held: deque[bytes] = deque()
+        pings = 0
+        for piece in _limited(pieces, ANSWER_LIMIT):
+            block = framer.feed(piece)
+            if not block:
+                continue
+            held.append(block)
+            for event in sse.parse(block):
+                if event.name == b"error":
+                    return self._error_event(event.data, call.headers)
+                pings += event.name == b"ping"
+                if event.name != b"message_start" and (event.name != b"ping" or pings > 1):
+                    return self._commit(call, Relay(call, pieces, held, framer, self))
+            if framer.partial:
+                return self._commit(call, Relay(call, pieces, held, framer, self))
+        return Failure(Fault.NO_ANSWER, "the stream ended before its first content")
+
+    def _commit(self, call: Call, relay: "Relay") -> Answer:
+        self._forget_deadlines()
+        call.check()  # the deadline may have passed this moment
+        call.idle(self._tools.timeouts.idle)
+        self._choice.commit()
+        return Answer(call.status, to_client(call.headers, call.decoded), relay)
+
+    def _wrong_type(self, call: Call, kind: str) -> Failure:
+        """An answer that is neither the JSON nor the events that were asked for."""
+        shown = kind if _MEDIA_TYPE.fullmatch(kind) else "missing or odd"
+        detail = f"content type {shown} instead of {_EVENTS if self._streams else _JSON}"
+        if kind == _EVENTS:
+            logs.line(
+                logging.WARNING,
+                "hint",
+                id=self._request.id,
+                upstream=self.upstream.name,
+                text="it streams though not asked to: set must_stream: true for it",
+            )
+            return Failure(Fault.NO_ANSWER, detail)
+        if kind != _JSON:
+            return Failure(Fault.NO_ANSWER, detail, body=_sample(call))
+        body = _read(call, ERROR_LIMIT)
+        try:
+            message = members(body)
+        except ValueError:
+            return Failure(Fault.NO_ANSWER, detail, body=body[:_SAMPLE])
+        if _is_error(message):
+            return self._error(_status_of(message), body, call.headers)
+        return Failure(Fault.NO_ANSWER, detail, body=body[:_SAMPLE])
+
+    def _error(self, status: int, body: bytes, headers: Pairs) -> Failure:
+        retry_after = seconds_of(value_of(headers, "retry-after"))
+        decoded = self._call is not None and self._call.decoded
+        return Failure(
+            Fault.ERROR, f"status {status}", status, to_client(headers, decoded), body, retry_after
+        )
+
+    def _error_event(self, data: bytes, headers: Pairs) -> Failure:
+        """An `error` event before the commit point: the error that it would have been without a stream."""
+        try:
+            status = _status_of(members(data))
+        except ValueError:
+            return Failure(Fault.NO_ANSWER, "an error event that is no JSON object", body=data[:_SAMPLE])
+        kept = [pair for pair in headers if pair[0] != "content-type"]
+        return self._error(status, data, [*kept, ("content-type", _JSON)])
+
+
+def _read(call: Call, limit: int) -> bytes:
+    """The body, which must end by its own framing. Raises `CallFailed`, also over `limit` bytes."""
+    return b"".join(_limited(call.pieces(), limit))
+
+
+def _sample(call: Call) -> bytes:
+    """The beginning of a body that is of no use but to the log."""
+    return next(call.pieces(), b"")[:_SAMPLE]
+
+
+def _limited(pieces: Iterator[bytes], limit: int) -> Iterator[bytes]:
+    total = 0
+    for piece in pieces:
+        total += len(piece)
+        if total > limit:
+            raise CallFailed(Fault.BROKEN, "the answer is over the size limit")
+        yield piece
+
+
+def _await_end(call: Call, pieces: Iterator[bytes]) -> None:
+    """Give an upstream that said all a moment to end the body, so that its connection can be kept."""
+    call.idle(AFTER_STOP)
+    with contextlib.suppress(CallFailed):
+        next(pieces, None)
+
+
+def _is_error(message: dict[str, bytes]) -> bool:
+    """Whether a JSON body is an error, whatever its HTTP status says."""
+    return text(message.get("type", b"null")) == "error" or message.get("error", b"null") != b"null"
+
+
+def _status_of(message: dict[str, bytes]) -> int:
+    """The HTTP status of an error body's type; 500 where it is unknown."""
+    try:
+        type_ = text(members(message.get("error", b"")).get("type", b"null"))
+    except ValueError:
+        type_ = None
+    return STATUS_OF_TYPE.get(type_ or "", 500)

@@ -1,0 +1,128 @@
+"""What is told of requests and attempts: to the log, to the metrics and to the last hour's history.
+
+One place tells all three, so that they never disagree. It judges nothing.
+"""
+
+import logging
+import time
+
+from ..balancing.upstream import MESSAGES
+from ..errors import ApiError
+from ..messages.report import Report
+from ..policy import Charge, Fault, Rule
+from ..telemetry.history import History
+from ..telemetry.logs import FIELD, Redactor
+from ..telemetry.metrics import Metrics
+from .attempt import Attempt, Failure, Request, error_of
+from .relay import End
+
+#: Failures that say nothing of the upstream.
+_NOT_ITS_FAULT = (Fault.CLIENT_LEFT, Fault.RESTART, Fault.BUG)
+_BROKEN = {
+    "broken": "broke off in the middle:",
+    "silent": "fell silent in the middle:",
+    "error_event": "sent an error in the middle",
+}
+#: Bytes of an upstream's error that the log is cut out of.
+_ERROR_READ = 65536
+
+
+class Journal:
+    """Thread-safe. Metrics and history are about messages alone: the counting of tokens would blur them."""
+
+    def __init__(self, redactor: Redactor, metrics: Metrics, history: History) -> None:
+        self.redactor = redactor
+        self._metrics = metrics
+        self._history = history
+
+    def attempt(
+        self, request: Request, attempt: Attempt, number: int, failure: Failure | None, rule: Rule | None
+    ) -> None:
+        """An attempt came to its commit point, or failed before it: then with the rule that applies."""
+        verdict = "answered"
+        if rule is not None:
+            verdict = (Charge.NOTHING if attempt.is_last_resort else rule.charge).value
+        error = failure.body[:_ERROR_READ].decode(errors="replace") if failure and failure.body else None
+        self.redactor.line(
+            logging.INFO if failure is None else logging.WARNING,
+            "attempt",
+            request.secrets,
+            id=request.id,
+            number=number,
+            upstream=attempt.upstream.name,
+            model=request.body.model,
+            upstream_model=attempt.model,
+            status=attempt.status,
+            fault=failure.fault.value if failure is not None else None,
+            detail=failure.detail if failure is not None else None,
+            verdict=verdict,
+            reconnected=attempt.reconnected or None,
+            first_byte=attempt.first_byte,
+            upstream_request_id=attempt.upstream_request_id,
+            error=error,
+        )
+        if request.path == MESSAGES:
+            self._metrics.attempt(attempt.upstream.name, verdict, attempt.first_byte)
+            self._history.attempt(attempt.upstream.name, attempt.first_byte if failure is None else None)
+            if failure is not None and failure.fault not in _NOT_ITS_FAULT:
+                self._remember(request, attempt, _reason(failure))
+
+    def streaming(self, request: Request) -> None:
+        """The answer is a stream, which goes on until `done`."""
+        if request.path == MESSAGES:
+            self._metrics.stream_began()
+
+    def done(self, request: Request, attempt: Attempt | None, attempts: int, status: int, end: End) -> None:
+        """A request is over; `attempt` is the one whose answer, or whose error, the client got."""
+        report = attempt.report if attempt is not None else Report()
+        seconds = time.monotonic() - request.began
+        self.redactor.line(
+            logging.INFO if end.how in ("complete", "client_left") else logging.WARNING,
+            "done",
+            request.secrets,
+            id=request.id,
+            outcome=end.how,
+            status=status,
+            upstream=attempt.upstream.name if attempt is not None else None,
+            attempts=attempts,
+            bytes=end.bytes,
+            seconds=seconds,
+            detail=end.detail,
+            input_tokens=report.input_tokens,
+            output_tokens=report.output_tokens,
+            cache_read_tokens=report.cache_read_input_tokens,
+            cache_write_tokens=report.cache_creation_input_tokens,
+            upstream_request_id=attempt.upstream_request_id if attempt is not None else None,
+        )
+        if request.path == MESSAGES:
+            self._count(request, attempt, seconds, end)
+
+    def refused(self, request_id: str, path: str, secrets: tuple[str, ...], error: ApiError) -> None:
+        """A request was refused before an upstream was asked."""
+        self.redactor.line(
+            logging.WARNING, "refused", secrets, id=request_id, status=error.status, reason=error.message
+        )
+        if path == MESSAGES:
+            self._metrics.request("", "refused", "unknown")
+
+    def _count(self, request: Request, attempt: Attempt | None, seconds: float, end: End) -> None:
+        self._metrics.request(request.body.model, end.how, request.client)
+        if end.streamed:
+            self._metrics.stream_ended()
+        if attempt is None or end.how == "error":
+            return
+        self._metrics.answer(attempt.upstream.name, seconds, attempt.report)
+        self._history.used(attempt.upstream.name, attempt.report)
+        if end.how in _BROKEN:
+            self._remember(request, attempt, f"{_BROKEN[end.how]} {end.detail or ''}")
+
+    def _remember(self, request: Request, attempt: Attempt, reason: str) -> None:
+        model, reason = (
+            self.redactor.text(text.strip(), FIELD, request.secrets) for text in (request.body.model, reason)
+        )
+        self._history.failed(attempt.upstream.name, model, reason)
+
+
+def _reason(failure: Failure) -> str:
+    message = error_of(failure).get("message")
+    return f"{failure.detail}: {message}" if message else failure.detail

@@ -1,0 +1,120 @@
+"""The Flask blueprint for those who run the proxy: is it alive, is it ready, how does it do.
+
+Answered outside the gate for requests in flight, so that a busy proxy can still be looked at.
+"""
+
+import base64
+import binascii
+import hmac
+from urllib.parse import parse_qs
+
+import flask
+
+from ..config import ClientKey
+from ..errors import ApiError
+from ..messages.headers import Pairs
+from ..telemetry import logs
+from .service import Service
+from .status import as_html, as_json
+from .views import arrived, own, turn_away
+
+_TEXT = "text/plain; charset=utf-8"
+_FRESH = [("cache-control", "no-store")]
+#: Bytes of a form; the page's own are far smaller.
+_LARGEST_FORM = 4096
+#: Nothing of another host, no script, no frame around it.
+_PAGE = [
+    *_FRESH,
+    (
+        "content-security-policy",
+        "default-src 'none'; style-src 'unsafe-inline'; img-src data:; form-action 'self'; "
+        "frame-ancestors 'none'; base-uri 'none'",
+    ),
+    ("referrer-policy", "same-origin"),
+    ("x-content-type-options", "nosniff"),
+]
+
+
+def create_console(service: Service) -> flask.Blueprint:
+    """The routes."""
+    blueprint = flask.Blueprint("console", __name__)
+
+    @blueprint.get("/healthz", provide_automatic_options=False)
+    def healthz() -> flask.Response:
+        """The process answers."""
+        return own(200, b"ok\n", _FRESH, _TEXT)
+
+    @blueprint.get("/readyz", provide_automatic_options=False)
+    def readyz() -> flask.Response:
+        """Some upstream is usable."""
+        reason = service.unready()
+        status, text = (200, "ready") if reason is None else (503, reason)
+        return own(status, f"{text}\n".encode(), _FRESH, _TEXT)
+
+    @blueprint.get("/metrics", provide_automatic_options=False)
+    def metrics() -> flask.Response:
+        """Figures for Prometheus."""
+        body, type_ = service.exposition()
+        return own(200, body, _FRESH, type_)
+
+    @blueprint.get("/status", provide_automatic_options=False)
+    def status() -> flask.Response:
+        """The page, or the same as JSON."""
+        if challenge := _challenge():
+            return challenge
+        wanted = flask.request.accept_mimetypes.best_match(["text/html", "application/json"], "text/html")
+        if wanted == "application/json":
+            return own(200, as_json(service.status()), _PAGE)
+        return own(200, as_html(service.status()), _PAGE, "text/html; charset=utf-8")
+
+    @blueprint.post("/status", provide_automatic_options=False)
+    def act() -> flask.Response:
+        """A button of the page."""
+        if challenge := _challenge():
+            return challenge
+        _check_origin()
+        form = parse_qs(arrived().upload.read(_LARGEST_FORM).decode(errors="replace"))
+        upstream, action = (form.get(name, [""])[0] for name in ("upstream", "action"))
+        if not service.act(upstream, action):
+            raise ApiError(400, "invalid_request_error", "No such upstream, or no such action.")
+        return own(303, b"", [("location", "/status"), *_PAGE], _TEXT)
+
+    return blueprint
+
+
+def _challenge() -> flask.Response | None:
+    """What a request without the admin key gets; None with it. Without such a setting there is no page."""
+    key: ClientKey | None = arrived().doors.config.admin_key
+    if key is None:
+        raise ApiError(404, "not_found_error", "aiproxy has no admin_key, and so no status page.")
+    password = _password(flask.request.headers.get("authorization", ""))
+    if hmac.compare_digest(password, key.key.encode()):
+        return None
+    error = ApiError(401, "authentication_error", "The password is aiproxy's admin_key, the user any name.")
+    headers: Pairs = [("www-authenticate", 'Basic realm="aiproxy", charset="UTF-8"'), *_FRESH]
+    return turn_away(error, headers)
+
+
+def _password(authorization: str) -> bytes:
+    """That of HTTP Basic credentials (RFC 7617), empty where there is none."""
+    scheme, _, credentials = authorization.partition(" ")
+    try:
+        decoded = base64.b64decode(credentials.strip(), validate=True)
+    except (binascii.Error, ValueError):
+        return b""
+    return decoded.partition(b":")[2] if scheme.lower() == "basic" else b""
+
+
+def _check_origin() -> None:
+    """Browsers send the password along whatever page a form is on: only our own may use it.
+
+    Raises `ApiError` 403.
+    """
+    own_origin = f"{flask.request.scheme}://{flask.request.host}"
+    if flask.request.headers.get("origin") != own_origin:
+        logs.line(30, "refused", path="/status", reason="the form is not this page's")
+        raise ApiError(
+            403,
+            "permission_error",
+            f"Only {own_origin} may do this. Behind nginx, set Host and X-Forwarded-Proto for aiproxy.",
+        )

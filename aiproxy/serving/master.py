@@ -1,0 +1,131 @@
+"""What aiproxy does in gunicorn's master process: before ports are opened, and once they are.
+
+The only module that knows the master. It must not import what imports prometheus-client, which decides at
+its import whether workers share their figures.
+"""
+
+import atexit
+import contextlib
+import importlib
+import json
+import logging
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from gunicorn.glogging import Logger
+
+from ..config import Config, ConfigError, check_addresses, path_from
+from ..telemetry import logs
+from .reload import LastGood, start
+
+#: prometheus-client's.
+METRICS = "PROMETHEUS_MULTIPROC_DIR"
+_FOLDER = "aiproxy-metrics-"
+
+
+class ServerLog(Logger):  # type: ignore[misc]
+    """gunicorn's own log, which follows ours into a file and into JSON; set up anew at each reload."""
+
+    def setup(self, cfg: Any) -> None:
+        """See gunicorn's."""
+        super().setup(cfg)
+        logs.adopt(self.error_log)
+
+
+class Master:
+    """gunicorn's hooks, by their names there."""
+
+    def __init__(self) -> None:
+        """Ends the process where the configuration is faulty: now no port is open yet."""
+        try:
+            begun = start(path_from(os.environ), last_good=None)
+        except ConfigError as error:
+            sys.exit(str(error))
+        LastGood.create(begun.content, os.environ)
+        self.config: Config = begun.config
+        logs.configure(self.config.logging)
+
+    def on_starting(self, server: Any) -> None:
+        """Before any port is opened: the command line may set other addresses, users and workers."""
+        self._check(server.address)
+        file = self.config.logging.file
+        if file and server.cfg.uid != os.geteuid():
+            with contextlib.suppress(OSError):  # a device, say
+                os.chown(file, server.cfg.uid, server.cfg.gid)
+        os.environ.pop(METRICS, None)  # of the gunicorn that this one takes the place of
+        if server.cfg.workers > 1:
+            # In memory: a file on a full disk, mapped as these are, would kill the process that writes.
+            memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()
+            _remove_what_is_left(Path(memory))
+            os.environ[METRICS] = tempfile.mkdtemp(prefix=f"{_FOLDER}{os.getpid()}-", dir=memory)
+            atexit.register(_remove, os.environ[METRICS], os.getpid())  # also where the start fails
+            os.chown(os.environ[METRICS], server.cfg.uid, server.cfg.gid)
+
+    def when_ready(self, server: Any) -> None:
+        """Say where it listens and how to try it; sockets that were inherited are known only here."""
+        self._check(listener.sock.getsockname() for listener in server.LISTENERS if hasattr(listener, "sock"))
+        for warning in self.config.warnings:
+            self._say(warning, logging.WARNING)
+        if not self.config.may_serve_strangers:
+            self._say("no api_keys are set: every user of this machine is served", logging.WARNING)
+        if self.config.is_demo:
+            self._say(
+                "*** This is the demo: its upstreams answer in process, no account is used. "
+                "Copy config.example.yaml to config.yaml and put in your own. ***"
+            )
+        address = str(server.LISTENERS[0])
+        self._say(f"aiproxy serves {address} - try: {_example(self.config, address)}")
+
+    def child_exit(self, server: Any, worker: Any) -> None:
+        """What a worker counted stays, its streams in flight do not."""
+        if METRICS in os.environ:
+            importlib.import_module("aiproxy.telemetry.metrics").process_ended(worker.pid)
+
+    def _check(self, addresses: Iterable[Any]) -> None:
+        try:
+            check_addresses(self.config, addresses)
+        except ConfigError as error:
+            sys.exit(str(error))
+
+    def _say(self, text: str, level: int = logging.INFO) -> None:
+        """Printed as it stands for whoever reads along; a line of the log where that is a file or JSON."""
+        if not self.config.logging.is_plain:
+            logs.line(level, "start", message=text)
+        else:
+            print(f"warning: {text}" if level == logging.WARNING else text, flush=True)
+
+
+def _remove(folder: str, owner: int) -> None:
+    """The figures end with their gunicorn, not with one of its workers."""
+    if os.getpid() == owner:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_what_is_left(memory: Path) -> None:
+    """Of gunicorns that were killed."""
+    for folder in memory.glob(f"{_FOLDER}*"):
+        owner = folder.name.removeprefix(_FOLDER).partition("-")[0]
+        if owner.isdecimal() and not Path("/proc", owner).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _example(config: Config, address: str) -> str:
+    """A request by curl that an upstream of the configuration answers."""
+    enabled = [upstream for upstream in config.upstreams if upstream.enabled]
+    models = sorted(name for upstream in enabled for name in upstream.available_models)
+    question = {"role": "user", "content": "Hi"}
+    body = {"model": (models or ["claude-opus-4-8"])[0], "max_tokens": 100, "messages": [question]}
+    words = ["curl", f"{address}/v1/messages"]
+    if address.startswith("unix:"):
+        words = ["curl", "--unix-socket", address.removeprefix("unix:"), "http://localhost/v1/messages"]
+    if not config.is_demo:
+        words += ["-H", "content-type: application/json", "-H", "anthropic-version: 2023-06-01"]
+    if config.api_keys:
+        words += ["-H", "x-api-key: ONE-OF-YOUR-api_keys"]
+    return shlex.join([*words, "-d", json.dumps(body, separators=(",", ":"))])

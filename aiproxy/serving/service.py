@@ -1,0 +1,312 @@
+"""What serves: everything that is built of one configuration, and what outlives it.
+
+A new configuration means new `Doors`, put in the place of the old in one step. Requests that are under
+way keep those by which they came in, and so end as they began.
+"""
+
+import hashlib
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import msgspec
+
+from .. import __version__
+from ..balancing.balancer import Balancer
+from ..balancing.breaker import Breaker, Change
+from ..balancing.state import State
+from ..balancing.threads import Owners
+from ..balancing.upstream import Upstream
+from ..calling.connection import credentials
+from ..calling.transport import Transport
+from ..calling.watch import Watcher
+from ..config import Config, UpstreamSettings, check_addresses
+from ..forwarding.attempt import Tools
+from ..forwarding.forwarder import Forwarder
+from ..forwarding.journal import Journal
+from ..messages.models import Models
+from ..telemetry import logs
+from ..telemetry.history import History
+from ..telemetry.metrics import Metrics, exposition_of
+from .gate import SPARE, Gate
+from .keys import Keys
+from .reload import Follower, LastGood, Start, changes
+from .status import Status, Stock, put_together, rows
+
+#: gunicorn.conf.py's; what another server or the command line sets is told by `serve`.
+DEFAULT_THREADS = 256
+
+
+class Doors(msgspec.Struct, frozen=True):
+    """What a request meets: of one configuration, but for the gates and the watcher."""
+
+    config: Config
+    balancer: Balancer
+    forwarder: Forwarder
+    models: Models
+    keys: Keys
+    journal: Journal
+    gate: Gate
+    drains: Gate  # how many refused bodies are read away at a time, beside the requests in flight
+    watcher: Watcher
+
+
+class Service:
+    """`doors` may be read from any thread; the rest is for the server and for whoever follows the file."""
+
+    def __init__(self, config: Config, clock: Callable[[], float], metrics: Metrics, state: State) -> None:
+        """`clock`: monotonic seconds, the circuit breakers'; `state`: what other processes know."""
+        self.metrics = metrics
+        self.history = History(time.time)
+        self.is_stopping = False
+        self.began = time.time()
+        self.taken_up = self.began
+        self.digest = ""
+        #: Why the file as it is now is not in force; empty where it is.
+        self.faults: tuple[str, ...] = ()
+        self._clock = clock
+        self._watcher = Watcher(config.timeouts.idle)
+        self._transport = Transport(self._watcher, config.timeouts.connect)
+        self._state = state
+        self._owners = Owners(clock, state)
+        self._gate = Gate(config.max_in_flight)
+        self._gate.serve_with(DEFAULT_THREADS)
+        self._drains = Gate(SPARE // 2)
+        self._addresses: list[Any] = []
+        self._server = _server_name([])
+        self._follower: Follower | None = None
+        self.doors = self._built(config, {}, {})
+
+    def follow(self, path: Path, begun: Start, last_good: LastGood | None) -> None:
+        """Take up what becomes of the file, once `serve` says that this process serves."""
+        self.digest = _digest(begun.content)
+        if begun.faults:  # another process has counted them
+            self._refuse(begun.faults)
+        self._follower = Follower(path, begun, self, last_good)
+
+    def serve(self, threads: int, addresses: list[Any]) -> None:
+        """`threads`: how many the server has for requests; `addresses`: those of its listening sockets."""
+        self._gate.serve_with(threads)
+        self._addresses = addresses
+        self._server = _server_name(addresses)
+        self._state.start(self._server, {"status": self._told_stock, "metrics": self._told_metrics})
+        if self._follower is not None:
+            self._follower.start()
+
+    def take_up(self, config: Config, content: bytes) -> None:
+        """Serve by another configuration from now on. Raises `ConfigError` where its addresses forbid it.
+
+        Upstreams that stay keep the state of their circuits and their place in the round robin.
+        """
+        check_addresses(config, self._addresses)
+        old = self.doors
+        self._watcher.patience = config.timeouts.idle
+        self._transport.connect_timeout = config.timeouts.connect
+        self._gate.configure(config.max_in_flight)
+        staying = {upstream.name: upstream for upstream in old.balancer.upstreams}
+        self.doors = self._built(config, staying, old.balancer.cursor)
+        self._transport.leave_all_but(
+            (each.settings.base_url, each.settings.proxy, each.settings.ca_bundle)
+            for each in self.doors.balancer.upstreams
+        )
+        self.taken_up, self.digest, self.faults = time.time(), _digest(content), ()
+        said = "; ".join(changes(old.config, config)) or "none"
+        self.metrics.reloaded("applied")
+        logs.line(logging.INFO, "reload", result="applied", configuration=self.digest, changes=said)
+        for warning in config.warnings:
+            logs.line(logging.WARNING, "reload", warning=warning)
+
+    def refuse(self, faults: Iterable[str]) -> None:
+        """The file has become one that cannot be served: what is in force stays."""
+        self.metrics.reloaded("refused")
+        self._refuse(faults)
+
+    def _refuse(self, faults: Iterable[str]) -> None:
+        self.faults = tuple(faults)
+        for fault in self.faults:
+            logs.line(logging.ERROR, "reload", result="refused", configuration=self.digest, fault=fault)
+
+    def take_stock(self) -> None:
+        """Tell the metrics how the circuits are now: time alone changes them."""
+        self.metrics.circuits({each.name: each.state for each in self.doors.balancer.upstreams})
+
+    def unready(self) -> str | None:
+        """Why a new request had better go elsewhere; None where some upstream is usable."""
+        if self.is_stopping:
+            return "aiproxy is stopping"
+        taking = [upstream for upstream in self.doors.balancer.upstreams if not upstream.draining]
+        circuits = [upstream.breaker.circuit() for upstream in taking]
+        if any(circuit.state in ("closed", "half_open") for circuit in circuits):
+            return None
+        if not circuits:
+            return "every upstream is being drained"
+        soonest = min(circuit.seconds for circuit in circuits)
+        return f"no upstream is usable: all circuits are open or resting, the first for {soonest:.0f} s more"
+
+    def status(self) -> Status:
+        """Everything that the status page shows, of all workers where they can be asked."""
+        own = self._stock()
+        heard = self._state.ask("status")
+        found = {name: _stock_of(answer) for name, answer in heard.answers.items()}
+        others = [stock for stock in found.values() if stock is not None]
+        return Status(
+            version=__version__,
+            now=time.time(),
+            began=self.began,
+            configuration=self.digest,
+            taken_up=self.taken_up,
+            faults=self.faults,
+            worker=os.getpid(),
+            in_flight=sum(stock.in_flight for stock in (own, *others)),
+            upstreams=rows(self.doors.balancer.upstreams, self.history, others),
+            workers=put_together([own, *others]),
+            is_shared=self._state.is_shared,
+            silent=[name for name, stock in found.items() if stock is None],
+            problem=heard.problem,
+        )
+
+    def exposition(self) -> tuple[bytes, str]:
+        """Body and content type of the answer to Prometheus, of all servers where they can be asked."""
+        self.take_stock()
+        if not self._state.is_shared:
+            return self.metrics.exposition()
+        heard = self._state.ask("metrics", once_a_server=True)
+        return exposition_of([self._told_metrics(), *heard.answers.values()])
+
+    def act(self, upstream: str, action: str) -> bool:
+        """Do what a button of the status page says; False where there is no such upstream or action.
+
+        `close` closes the circuit; `drain` takes the upstream out, `resume` back in, each at the latest
+        until the next reload.
+        """
+        found = next((each for each in self.doors.balancer.upstreams if each.name == upstream), None)
+        if found is None or action not in ("close", "drain", "resume"):
+            return False
+        if action == "close":
+            found.breaker.close()
+            logs.circuit(upstream, "closed")
+            found.shared.tell(Change("closed"))
+        else:
+            found.draining = action == "drain"
+            found.shared.drain(found.draining)
+        logs.line(logging.WARNING, "status", upstream=upstream, action=action)
+        self.take_stock()
+        return True
+
+    def see_out(self, graceful_timeout: float) -> None:
+        """The server stops; see `Watcher.see_out`."""
+        self.is_stopping = True
+        if self._follower is not None:
+            self._follower.stop()
+        self._watcher.see_out(graceful_timeout)
+
+    def seen_out(self) -> None:
+        """Nothing is served any more: other processes are to know."""
+        self._state.stop()
+
+    def close(self) -> None:
+        """Give back the threads, their descriptors and the kept connections."""
+        if self._follower is not None:
+            self._follower.stop()
+        self._state.stop()
+        self._watcher.close()
+        self._transport.close()
+
+    def _stock(self) -> Stock:
+        return Stock(
+            server=self._server,
+            worker=os.getpid(),
+            version=__version__,
+            configuration=self.digest,
+            began=self.began,
+            in_flight=self._gate.inside,
+            hours=self.history.hours(),
+        )
+
+    def _told_stock(self) -> bytes:
+        return msgspec.json.encode(self._stock())
+
+    def _told_metrics(self) -> bytes:
+        self.take_stock()
+        return self.metrics.told(self._server)
+
+    def _built(self, config: Config, staying: dict[str, Upstream], cursor: dict[str, int]) -> Doors:
+        logs.configure(config.logging)
+        logs.adopt(logging.getLogger("gunicorn.error"))
+        enabled = [settings for settings in config.upstreams if settings.enabled]
+        upstreams = [
+            Upstream(settings, self._breaker(config, staying.get(settings.name), settings))
+            for settings in enabled
+        ]
+        self._state.share(upstreams)
+        balancer = Balancer(upstreams, cursor)
+        journal = Journal(_redactor(config), self.metrics, self.history)
+        self.history.keep(settings.name for settings in enabled)
+        self.metrics.know_models(Models(enabled).names)
+        tools = Tools(self._transport, self._watcher, config.timeouts, journal.redactor)
+        return Doors(
+            config=config,
+            balancer=balancer,
+            forwarder=Forwarder(balancer, tools, self._owners, config.affinity, journal),
+            models=Models(enabled),
+            keys=Keys({each.name: each.key for each in config.api_keys}),
+            journal=journal,
+            gate=self._gate,
+            drains=self._drains,
+            watcher=self._watcher,
+        )
+
+    def _breaker(self, config: Config, old: Upstream | None, settings: UpstreamSettings) -> Breaker:
+        if old is None or not old.is_same_account(settings):
+            return Breaker(config.breaker.failures, config.breaker.cooldown, self._clock)
+        old.breaker.configure(config.breaker.failures, config.breaker.cooldown)
+        return old.breaker
+
+
+def _redactor(config: Config) -> logs.Redactor:
+    keys = [*config.api_keys, *([config.admin_key] if config.admin_key else [])]
+    state = [config.state.password] if config.state is not None and config.state.password else []
+    tokens = [each.token for each in config.upstreams]
+    return logs.Redactor(
+        tokens=tokens + _header_secrets(config) + _proxy_secrets(config) + state,
+        keys=[each.key for each in keys],
+        headers=[name for upstream in config.upstreams for name in upstream.headers],
+    )
+
+
+def _header_secrets(config: Config) -> list[str]:
+    """Configured header values that may be keys: a team's name is too short for one."""
+    values = [value for upstream in config.upstreams for value in upstream.headers.values()]
+    return [value for value in values if len(value) >= 16]
+
+
+def _proxy_secrets(config: Config) -> list[str]:
+    """The forward proxies' passwords, as they are written and as they are sent."""
+    proxies = [urlsplit(upstream.proxy) for upstream in config.upstreams if upstream.proxy]
+    passwords = [proxy.password for proxy in proxies if proxy.password]
+    sent = [credentials(proxy.geturl()) for proxy in proxies if proxy.password]
+    return [*passwords, *map(unquote, passwords), *filter(None, sent)]
+
+
+def _stock_of(answer: bytes) -> Stock | None:
+    """What another worker told, None if that was nothing; it may be of another version."""
+    try:
+        return msgspec.json.decode(answer, type=Stock)
+    except msgspec.DecodeError:
+        return None
+
+
+def _server_name(addresses: list[Any]) -> str:
+    """What people call this gunicorn: the machine, and the port or socket."""
+    places = [each[1] if isinstance(each, tuple) else each for each in addresses]
+    return ":".join(map(str, [socket.gethostname(), *places]))
+
+
+def _digest(content: bytes) -> str:
+    """What a configuration file is called, for people who compare two."""
+    return hashlib.sha256(content).hexdigest()[:12]

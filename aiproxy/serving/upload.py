@@ -1,0 +1,135 @@
+"""The request's body on its way in: read under limits, or read and thrown away.
+
+Whatever is refused before its body was read is read first and dropped: otherwise clients see a broken
+pipe, and nginx a 502, instead of the answer. gunicorn itself drains only 64 KiB.
+"""
+
+import contextlib
+import socket
+import time
+from typing import Any
+
+from ..calling.watch import Reason, Watcher
+from ..errors import ApiError
+
+#: What is read and thrown away of a body that is refused, in bytes and seconds.
+DROP_BYTES = 256 * 1024 * 1024
+DROP_SECONDS = 30.0
+#: Seconds for which an upload may be silent.
+SILENCE = 60.0
+
+_PIECE = 1024 * 1024
+_DROPPED = 64 * 1024  # gunicorn copies each piece several times
+
+
+class Upload:
+    """One request's body, read once by the thread that serves the request."""
+
+    def __init__(self, environ: dict[str, Any], watcher: Watcher) -> None:
+        """`environ`: the WSGI environment."""
+        self._watcher = watcher
+        self._input = environ["wsgi.input"]
+        self._client: socket.socket | None = environ.get("gunicorn.socket")
+        declared = environ.get("CONTENT_LENGTH") or ""
+        self._declared = int(declared) if declared.isdigit() else None
+        self._is_empty = not self._declared and "HTTP_TRANSFER_ENCODING" not in environ
+        self._spoilt = False
+        self._is_restarting = False
+        connection = environ.get("HTTP_CONNECTION", "").lower()
+        is_old = environ.get("SERVER_PROTOCOL") == "HTTP/1.0"
+        self._is_last = "close" in connection or (is_old and "keep-alive" not in connection)
+
+    def read(self, limit: int) -> bytes:
+        """The whole body.
+
+        Raises `ApiError`: 413 over `limit` bytes, 408 if it falls silent, 400 if it breaks off, 529 where
+        a restart breaks it off.
+        """
+        if self._declared is not None and self._declared > limit:
+            raise _too_large(limit)
+        pieces: list[bytes] = []
+        total = 0
+        while piece := self._piece(_PIECE if self._declared is None else min(_PIECE, self._declared - total)):
+            total += len(piece)
+            if total > limit:
+                raise _too_large(limit)
+            pieces.append(piece)
+        if self._declared is not None and total < self._declared:
+            raise self._broken_off("The request body ended early.")
+        return b"".join(pieces)
+
+    def drop(self) -> None:
+        """Read what is left and throw it away, within bounds."""
+        if self._spoilt or self._is_empty:
+            return
+        deadline = self._watcher.deadline(self, DROP_SECONDS, Reason.TIMEOUT)
+        ends = time.monotonic() + DROP_SECONDS
+        left = DROP_BYTES
+        while left > 0 and time.monotonic() < ends and (piece := self._any()):
+            left -= len(piece)
+        deadline.cancel()
+        self._spoilt |= left <= 0 or time.monotonic() >= ends
+
+    def give_up(self) -> None:
+        """Read no more of it."""
+        self._spoilt |= not self._is_empty
+
+    def end(self) -> None:
+        """After the answer, where the connection carries no other request.
+
+        gunicorn's main thread would wait two seconds for the client to close it, and accept nobody
+        meanwhile; and what is still to come of an upload would be read as the next request.
+        """
+        if self._client is not None and (self._spoilt or self._is_last):
+            with contextlib.suppress(OSError):
+                ways = socket.SHUT_RDWR if self._spoilt else socket.SHUT_RD
+                socket.socket.shutdown(self._client, ways)
+
+    def abort(self, reason: Reason) -> None:
+        """End the upload: from here on it reads as ended, and the answer can still be sent."""
+        self._is_restarting |= reason is Reason.RESTART
+        if self._client is not None:
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(self._client, socket.SHUT_RD)
+
+    def _any(self) -> bytes:
+        """The next bytes to throw away, none at the end or when the client is gone or too slow."""
+        try:
+            return self._read(_DROPPED, DROP_SECONDS)
+        except Exception:  # as above; the answer may still reach the client
+            self._spoilt = True
+            return b""
+
+    def _piece(self, size: int) -> bytes:
+        try:
+            return self._read(size, SILENCE)
+        except TimeoutError:
+            self._spoilt = True
+            raise ApiError(
+                408, "timeout_error", f"The request body was silent for {SILENCE:.0f} seconds."
+            ) from None
+        except Exception:  # gunicorn's many errors for bodies that break off or are badly chunked
+            raise self._broken_off("The request body could not be read.") from None
+
+    def _broken_off(self, message: str) -> ApiError:
+        self._spoilt = True
+        if self._is_restarting:
+            return ApiError(529, "overloaded_error", "aiproxy is restarting.")
+        return ApiError(400, "invalid_request_error", message)
+
+    def _read(self, size: int, seconds: float) -> bytes:
+        """`size` bytes, or what comes before the end; each wait for bytes lasts at most `seconds`."""
+        if size == 0:
+            return b""
+        if self._client is None:
+            return bytes(self._input.read(size))
+        self._client.settimeout(seconds)
+        try:
+            return bytes(self._input.read(size))
+        finally:
+            self._client.settimeout(None)
+
+
+def _too_large(limit: int) -> ApiError:
+    size = f"{limit / 1024 / 1024:g} MB" if limit >= 10_000 else f"{limit} bytes"
+    return ApiError(413, "request_too_large", f"The request body is larger than {size}.")

@@ -1,0 +1,360 @@
+"""The Flask blueprint: HTTP in, HTTP out.
+
+Checks who asks, reads the request and hands on one frozen `Request`; every error of our own leaves here
+in the API's shape. A request is in flight from its head until its response is closed.
+"""
+
+import logging
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import quote
+
+import flask
+import msgspec
+from werkzeug.exceptions import HTTPException
+
+from ..balancing.upstream import MESSAGES
+from ..calling.watch import Client, Scope
+from ..errors import ApiError, new_request_id, status_line
+from ..forwarding.attempt import Request
+from ..forwarding.course import Reply
+from ..forwarding.forwarder import Cut
+from ..forwarding.relay import Relay
+from ..messages import body
+from ..messages.headers import Pairs
+from ..telemetry import logs
+from .gate import Slot
+from .keys import secrets_in
+from .service import Doors, Service
+from .upload import Upload
+from .whole import Whole
+
+#: Paths that clients and monitors probe; answered at once, in silence and to everyone.
+_PROBES = ("/", "/api/hello")
+_NO_BODY = body.Body(raw=b"", members={}, model="", stream=False)
+
+Forward = Callable[[Request, Cut], Reply]
+
+
+class Arrival(msgspec.Struct, frozen=True):
+    """What a request came with. Flask's own proxies cost a microsecond at each touch."""
+
+    id: str
+    doors: Doors  # to the request's end, whatever becomes of the configuration
+    environ: dict[str, Any]
+    method: str
+    path: str
+    upload: Upload
+
+
+class Response(flask.Response):
+    """A response whose body is closed also where the server never gets to see it."""
+
+    def __call__(self, environ: Any, start_response: Any) -> Any:
+        try:
+            body = super().__call__(environ, start_response)
+        except BaseException:
+            self.close()
+            raise
+        return body
+
+
+class Visit:
+    """One request's stay: its place in flight, and the watch on its client. Left exactly once."""
+
+    def __init__(self, slot: Slot, arrival: Arrival) -> None:
+        self.scope = Scope()
+        self._slot = slot
+        self._arrival = arrival
+        self._client: Client | None = None
+
+    def watch(self) -> None:
+        """From now on the client's leaving, or a restart, ends the request: its upload, then its calls."""
+        self.scope.enter(self._arrival.upload)
+        client = self._arrival.environ.get("gunicorn.socket")
+        if client is not None:
+            self._client = self._arrival.doors.watcher.client(client, self.scope)
+
+    def see_out(self, content: bytes | Relay) -> Relay | Whole:
+        """The response body: its last bytes free the place in flight, its close ends the watch."""
+        if isinstance(content, Relay):
+            content.watch(on_last=self._slot.leave, on_close=self._close)
+            body: Relay | Whole = content
+        else:
+            body = Whole(content, on_last=self._slot.leave, on_close=self._close)
+            if self._arrival.method == "HEAD":  # the client waits for no piece of it
+                self._slot.leave()
+        if self._client is not None:
+            self._client.follow(lambda: body.bytes)
+        return body
+
+    def leave(self) -> None:
+        """There will be no response."""
+        self._unwatch()
+        self._slot.leave()
+
+    def _close(self) -> None:
+        self._unwatch()
+        self._arrival.upload.end()
+
+    def _unwatch(self) -> None:
+        if self._client is not None:
+            self._client.cancel()
+
+
+def create_blueprint(service: Service) -> flask.Blueprint:
+    """The routes of the proxy."""
+    blueprint = flask.Blueprint("proxy", __name__)
+
+    # Without Flask's own answer to OPTIONS: it is a wrong method like any other.
+    def route(path: str, method: str) -> Callable[[Callable[..., flask.Response]], Any]:
+        return blueprint.route(path, methods=[method], provide_automatic_options=False)
+
+    @blueprint.before_app_request
+    def identify() -> None:
+        request = flask.request
+        environ, doors = request.environ, service.doors
+        flask.g.arrival = Arrival(
+            id=new_request_id(),
+            doors=doors,
+            environ=environ,
+            method=request.method,
+            path=request.path,
+            upload=Upload(environ, doors.watcher),
+        )
+
+    @route(MESSAGES, "POST")
+    def messages() -> flask.Response:
+        arrival = arrived()
+        return _forwarded(arrival, arrival.doors.forwarder.forward)
+
+    @route("/v1/messages/count_tokens", "POST")
+    def count_tokens() -> flask.Response:
+        arrival = arrived()
+        return _forwarded(arrival, arrival.doors.forwarder.count_tokens)
+
+    @route("/v1/models", "GET")
+    def models() -> flask.Response:
+        arrival = arrived()
+        doors = arrival.doors
+        if not doors.models.are_listed:
+            return _forwarded(arrival, doors.forwarder.pass_on)
+        _check_key(arrival)
+        return own(200, doors.models.page(flask.request.args))
+
+    @route("/v1/models/<path:name>", "GET")
+    def model(name: str) -> flask.Response:
+        arrival = arrived()
+        doors = arrival.doors
+        if not doors.models.are_listed:
+            if {".", ".."} & set(name.split("/")):  # no way to other endpoints of the account
+                raise ApiError(404, "not_found_error", f"model: {name}")
+            return _forwarded(arrival, doors.forwarder.pass_on, f"/v1/models/{quote(name, safe='')}")
+        _check_key(arrival)
+        return own(200, doors.models.one(name))
+
+    for path in _PROBES:
+        blueprint.add_url_rule(path, "probe", _probe, methods=["GET"], provide_automatic_options=False)
+    _add_error_handlers(blueprint)
+    return blueprint
+
+
+def _add_error_handlers(blueprint: flask.Blueprint) -> None:
+    @blueprint.app_errorhandler(ApiError)
+    def ours(error: ApiError) -> flask.Response:
+        return turn_away(error)
+
+    @blueprint.app_errorhandler(HTTPException)
+    def flasks(error: HTTPException) -> flask.Response:
+        if error.code == 405:
+            allowed = error.get_response().headers.get("Allow", "")
+            message = f"{flask.request.method} is not allowed here, only {allowed} is."
+            return turn_away(ApiError(405, "invalid_request_error", message), [("allow", allowed)])
+        asked = f"{flask.request.method} {flask.request.path[:100]}"
+        return turn_away(ApiError(404, "not_found_error", f"aiproxy does not serve {asked}."))
+
+    @blueprint.app_errorhandler(Exception)
+    def bug(error: Exception) -> flask.Response:
+        logs.exception("bug", id=arrived().id)
+        return turn_away(ApiError(500, "api_error", "Internal error in aiproxy; its log tells more."))
+
+
+def arrived() -> Arrival:
+    """The request at hand."""
+    arrival: Arrival = flask.g.arrival
+    return arrival
+
+
+def _probe() -> flask.Response:
+    logs.line(logging.DEBUG, "probe", path=flask.request.path)
+    return _response(200, [("content-type", "text/plain")], b"aiproxy\n")
+
+
+def _forwarded(arrival: Arrival, forward: Forward, path: str | None = None) -> flask.Response:
+    """Let a request in, send it on, to `path` if it is not the client's, and see it out."""
+    began = time.monotonic()
+    doors = arrival.doors
+    slot = doors.gate.enter()
+    if slot is None:
+        busy = ApiError(529, "overloaded_error", "aiproxy has as many requests in flight as it may have.")
+        return turn_away(busy, [("retry-after", "1")])
+    visit = Visit(slot, arrival)
+    try:
+        client = _check_key(arrival)
+        visit.watch()
+        request = _request(arrival, client, visit.scope, began)
+        if path is not None:
+            request = msgspec.structs.replace(request, path=path)
+        return _answer(forward(request, _cutter(arrival.environ)), visit)
+    except ApiError as error:
+        try:
+            return _refusal(error)  # in its place in flight: what reads a body away takes a thread
+        finally:
+            visit.leave()
+    except BaseException:
+        visit.leave()
+        raise
+
+
+def _answer(reply: Reply, visit: Visit) -> flask.Response:
+    """The response, which from now on owns the attempt, if there is one."""
+    try:
+        return _response(reply.status, reply.headers, visit.see_out(reply.body))
+    except BaseException:  # a bug of ours: nobody else would end the upstream's stream
+        if isinstance(reply.body, Relay):
+            reply.body.close()
+        raise
+
+
+def _check_key(arrival: Arrival) -> str | None:
+    """The name of the client's key, None where none is required. Raises `ApiError` 401."""
+    keys = arrival.doors.keys
+    if not keys.are_required:
+        return None
+    owner = keys.owner(_client_headers(arrival.environ))
+    if owner is None:
+        raise ApiError(401, "authentication_error", "The key is not one of aiproxy's.")
+    return owner
+
+
+def _request(arrival: Arrival, client: str | None, scope: Scope, began: float) -> Request:
+    """Read the request and log its arrival."""
+    doors, environ = arrival.doors, arrival.environ
+    headers = tuple(_client_headers(environ))
+    if arrival.method == "POST":
+        read = body.read(arrival.upload.read(doors.config.max_body))
+    else:
+        arrival.upload.drop()
+        read = _NO_BODY
+        headers = tuple(pair for pair in headers if not pair[0].startswith("content-"))
+    request = Request(
+        id=arrival.id,
+        method="GET" if arrival.method == "HEAD" else arrival.method,
+        path=arrival.path,
+        query=environ.get("QUERY_STRING", ""),
+        headers=headers,
+        body=read,
+        client=client,
+        secrets=secrets_in(headers),
+        began=began,
+        scope=scope,
+    )
+    _log_arrival(request, doors.journal.redactor, doors.config.logging.prompt_preview)
+    return request
+
+
+def _client_headers(environ: dict[str, Any]) -> Pairs:
+    """The request's headers out of the WSGI environment, which joins repeated ones with commas."""
+    pairs = [
+        (name[5:].replace("_", "-").lower(), value)
+        for name, value in environ.items()
+        if name.startswith("HTTP_") and isinstance(value, str)
+    ]
+    if environ.get("CONTENT_TYPE"):
+        pairs.append(("content-type", environ["CONTENT_TYPE"]))
+    return pairs
+
+
+def _cutter(environ: dict[str, Any]) -> Cut:
+    """What breaks off the client's connection, so that it cannot take a stream's early end for a clean one.
+
+    The plain socket's method, also where gunicorn itself speaks TLS: see `transport`. gunicorn then finds
+    the connection broken when it writes the end of the body, and closes it. Both ways, else its main
+    thread would wait two seconds for the client to close too, and accept nobody meanwhile.
+    """
+    client: socket.socket | None = environ.get("gunicorn.socket")
+
+    def cut() -> None:
+        if client is None:
+            raise ConnectionAbortedError("no connection to break off")
+        try:
+            socket.socket.shutdown(client, socket.SHUT_RDWR)
+        except OSError:
+            return  # gone already
+
+    return cut
+
+
+def _response(status: int, headers: Pairs, content: bytes | Relay | Whole) -> flask.Response:
+    in_pieces = not isinstance(content, bytes)
+    response = Response(content, status=status_line(status), direct_passthrough=in_pieces)
+    response.headers.clear()
+    response.headers.extend(headers)
+    if not isinstance(content, Relay):
+        response.headers["content-length"] = str(len(content))
+    return response
+
+
+def own(
+    status: int, content: bytes, headers: Pairs | None = None, type_: str = "application/json"
+) -> flask.Response:
+    """An answer that no upstream had a part in."""
+    pairs = [("content-type", type_), ("request-id", arrived().id), *(headers or [])]
+    return _response(status, pairs, content)
+
+
+def turn_away(error: ApiError, headers: Pairs | None = None) -> flask.Response:
+    """As `_refusal`, for a request that has no place in flight.
+
+    Reading its body away takes a thread all the same: few may at a time, so that some stay free to
+    answer; of the others the body is given up, and with it the connection.
+    """
+    arrival = arrived()
+    slot = arrival.doors.drains.enter()
+    if slot is None:
+        arrival.upload.give_up()
+        return _refusal(error, headers)
+    try:
+        return _refusal(error, headers)
+    finally:
+        slot.leave()
+
+
+def _refusal(error: ApiError, headers: Pairs | None = None) -> flask.Response:
+    """An error of our own, after what is left of the request's body has been read and dropped."""
+    arrival = arrived()
+    arrival.upload.drop()
+    secrets = secrets_in(_client_headers(arrival.environ))
+    arrival.doors.journal.refused(arrival.id, arrival.path, secrets, error)
+    response = own(error.status, error.body(arrival.id), headers)
+    response.call_on_close(arrival.upload.end)
+    return response
+
+
+def _log_arrival(request: Request, redactor: logs.Redactor, limit: int) -> None:
+    preview = redactor.text(request.body.preview(), limit, request.secrets) if limit else None
+    redactor.line(
+        logging.INFO,
+        "request",
+        request.secrets,
+        id=request.id,
+        path=request.path if request.path != MESSAGES else None,
+        client=request.client,
+        model=request.body.model or None,
+        stream=request.body.stream,
+        bytes=len(request.body.raw),
+        prompt=preview if request.body.model else None,
+    )
+    redactor.headers(request.headers, request.secrets, id=request.id, of="client")

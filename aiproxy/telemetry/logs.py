@@ -1,0 +1,350 @@
+"""Log lines: key=value text or JSON, without a secret and without forged lines.
+
+What is said where: one line when a request arrives, one an attempt, one when the request is done, one
+when a circuit changes. The request's id joins them. The one handler spells them and writes them to
+standard output or to a file; our own lines go to it directly, since three for each request would spend
+a tenth of the request's time in the detours of `logging`.
+"""
+
+import contextlib
+import functools
+import io
+import json
+import logging
+import math
+import re
+import sys
+import time
+import traceback
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import msgspec
+
+from ..config import LoggingSettings
+from .logfile import LogFile
+
+Value = str | int | float | bool | None
+
+_LOGGER = logging.getLogger("aiproxy")
+_REDACTED = "[redacted]"
+
+# Keys of the usual forms, also those of other people that a prompt may hold.
+_KEY_FORMS = re.compile(r"\bsk-[A-Za-z0-9_-]{6,}|(?i:\bbearer\s+)[A-Za-z0-9._~+/=-]{16,}")
+# Headers whose value is, or may well be, a credential; rate limits are counted in `tokens`.
+_SECRET_HEADER = re.compile(
+    r"authorization|cookie|(?:^|[-_])(?:[a-z]*(?:key|token|secret|passw(?:or)?d|passphrase|pwd)|pass|auth|jwt"
+    r"|credentials?|sig(?:nature)?|session|sid)(?:$|[-_])",
+    re.IGNORECASE,
+)
+#: Of that form, and no credential: Claude Code's name for a conversation.
+_HARMLESS_HEADER = "x-claude-code-session-id"
+#: Characters of one field at most, and of one header.
+FIELD = 500
+#: Seconds between two complaints that the log cannot be written.
+COMPLAINT = 60.0
+
+_JSON = json.JSONEncoder(ensure_ascii=False, default=str)
+_PLAIN = re.compile(r"[A-Za-z0-9_.~-]+")
+_BARE = re.compile(r"[A-Za-z0-9_./:@+-]+")
+# What a terminal or a log viewer may take for a line's end or for a command.
+_UNSAFE = re.compile(r"[\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+
+
+_CONTROL = re.compile(rf"[\x00-\x1f]|{_UNSAFE.pattern}")
+
+
+class Redactor:
+    """Takes secrets out of text before it is logged or shown."""
+
+    def __init__(self, tokens: Iterable[str], keys: Iterable[str] = (), headers: Iterable[str] = ()) -> None:
+        """`tokens`: the upstreams'; `keys`: the clients'; `headers`: names of those that are configured."""
+        self._headers = frozenset(headers)
+        tokens = _worth_hiding(tokens)
+        self._secrets = [(secret, _core(secret)) for secret in (*tokens, *_worth_hiding(keys))]
+        self._longest = max((len(secret) for secret, _ in self._secrets), default=0)
+        self._tokens = re.compile(_any_of(tokens)) if tokens else None
+
+    def text(self, text: str, limit: int, secrets: Iterable[str] = ()) -> str:
+        """At most `limit` characters of `text`; `secrets` are the request's own.
+
+        Redacts before it cuts, and drops what may be the first part of a secret at the cut.
+        """
+        own = _worth_hiding(secrets)
+        longest = max(self._longest, *map(len, own), 64) * 6  # as long as escapes make it
+        is_cut = len(text) > limit + longest
+        shown = text[: limit + longest]
+        # Hundreds of keys are looked for in each field; hardly any is there.
+        hidden = [secret for secret, core in self._secrets if core in shown]
+        hidden += [secret for secret in own if _core(secret) in shown]
+        if hidden:  # before the usual forms, which may end in the middle of a secret
+            shown = re.sub(_any_of(hidden), _REDACTED, shown)
+        if _may_hold_key(shown):
+            shown = _KEY_FORMS.sub(_REDACTED, shown)
+        return (shown[:-longest] if is_cut else shown)[:limit]
+
+    def line(self, level: int, event: str, secrets: Iterable[str], **fields: Value) -> None:
+        """As `line`, where strangers had a part; `prompt` and `headers` have been redacted and cut."""
+        if not _LOGGER.isEnabledFor(level):
+            return
+        told = {
+            name: value
+            for name, value in fields.items()
+            if isinstance(value, str) and name not in ("prompt", "headers")
+        }
+        if self._may_need_redaction("\n".join(told.values()), secrets):
+            fields |= {name: self.text(value, FIELD, secrets) for name, value in told.items()}
+        line(level, event, **fields)
+
+    def _may_need_redaction(self, text: str, secrets: Iterable[str]) -> bool:
+        """Whether any of the fields that the text joins may hold a secret or be too long; seldom so."""
+        return (
+            len(text) > FIELD
+            or _may_hold_key(text)
+            or any(core in text for _, core in self._secrets)
+            or any(_core(secret) in text for secret in _worth_hiding(secrets))
+        )
+
+    def headers(self, pairs: Iterable[tuple[str, str]], secrets: Iterable[str], **fields: Value) -> None:
+        """At debug level a line with all headers, those that are credentials redacted."""
+        if _LOGGER.isEnabledFor(logging.DEBUG):
+            shown = [
+                self.text(f"{name}: {_REDACTED if self._hides(name) else value}", FIELD, secrets)
+                for name, value in pairs
+            ]
+            self.line(logging.DEBUG, "headers", secrets, **fields, headers="\n".join(shown))
+
+    def _hides(self, header: str) -> bool:
+        if header == _HARMLESS_HEADER:
+            return False
+        return header in self._headers or _SECRET_HEADER.search(header) is not None
+
+    def pairs(self, headers: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+        """An answer's headers as the client may see them, less the upstream's own token."""
+        if self._tokens is None or not self._tokens.search("\n".join(value for _, value in headers)):
+            return list(headers)
+        return [(name, self._tokens.sub(_REDACTED, value)) for name, value in headers]
+
+    def answer(self, body: bytes) -> bytes:
+        """An upstream's error as the client may see it: the same bytes, less the upstream's own token."""
+        if self._tokens is None:
+            return body
+        text = body.decode("latin-1")
+        return self._tokens.sub(_REDACTED, text).encode("latin-1")
+
+
+def _may_hold_key(text: str) -> bool:
+    """Whether it is worth looking for keys of the usual forms: a search that costs little."""
+    return "sk-" in text or "bearer" in text.lower()
+
+
+def _worth_hiding(secrets: Iterable[str]) -> list[str]:
+    """All but stand-ins such as "x", "none" or "ollama": hiding those would blot out whole lines."""
+    return [secret for secret in secrets if len(secret) >= 8 or (len(secret) >= 5 and not secret.isalpha())]
+
+
+def _core(secret: str) -> str:
+    """The longest part of a secret that no escaping changes."""
+    return max(_PLAIN.findall(secret), key=len, default="")
+
+
+def _any_of(secrets: list[str]) -> str:
+    """A pattern for any of the secrets, the longest first, plain or as some JSON writer escapes it."""
+    longest_first = sorted(set(secrets), key=len, reverse=True)
+    return "|".join("".join(map(_escaped_or_not, secret)) for secret in longest_first)
+
+
+def _escaped_or_not(sign: str) -> str:
+    if sign.isalnum() and sign.isascii():
+        return sign
+    return rf"(?:\\?{re.escape(sign)}|\\u(?i:{ord(sign):04x}))"
+
+
+def line(level: int, event: str, **fields: Value) -> None:
+    """Write one line; fields that are None are left out. Values cannot break out of their place."""
+    if _LOGGER.isEnabledFor(level):
+        _handler().put(_Line(time.time(), logging.getLevelName(level), event, fields))
+
+
+def circuit(upstream: str, state: str, seconds: float | None = None, by: str | None = None) -> None:
+    """A circuit that opened, rests, is tried or closed; `seconds` until the upstream is tried again.
+
+    `by`: who found out, if it was not this process.
+    """
+    level = logging.INFO if state == "closed" else logging.WARNING
+    line(level, "circuit", upstream=upstream, state=state, seconds=seconds or None, by=by)
+
+
+def exception(event: str, **fields: Value) -> None:
+    """Write one line and the traceback of the exception in hand: a bug of ours."""
+    told = "".join(traceback.format_exception(sys.exception()))
+    _handler().put(_Line(time.time(), "ERROR", event, fields, told))
+
+
+def configure(settings: LoggingSettings) -> None:
+    """Send this package's lines where the settings say, and nowhere else.
+
+    May be called again at any time: no line that another thread writes meanwhile is lost or comes twice.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A prompt may hold what the terminal's encoding lacks; no line is worth losing for it.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    handler = _handler()
+    handler.direct(settings)
+    _LOGGER.handlers[:] = [handler]
+    _LOGGER.propagate = False
+    _LOGGER.setLevel(settings.level.upper())
+    # It quotes odd answers at length, which may hold anything; what matters of them is in our own lines.
+    logging.getLogger("urllib3").setLevel(logging.ERROR)
+
+
+def adopt(logger: logging.Logger) -> None:
+    """Send a server's own lines where ours go, instead of to standard error, if that is a file or JSON.
+
+    What else it writes to stays; where ours are plain text on standard output, all of it stays.
+    """
+    handler = _handler()
+    others = [each for each in logger.handlers if each is not handler]
+    if handler.is_plain:
+        logger.handlers[:] = others
+    else:
+        logger.handlers[:] = [each for each in others if getattr(each, "stream", None) is not sys.stderr]
+        logger.addHandler(handler)
+
+
+def _handler() -> "_Handler":
+    """The one of this process."""
+    for handler in _LOGGER.handlers:
+        if isinstance(handler, _Handler):
+            return handler
+    return _Handler()
+
+
+class _Stdout:
+    """Standard output as it was when it was chosen."""
+
+    def __init__(self) -> None:
+        self._stream = sys.stdout
+
+    def write(self, line: str) -> None:
+        if self._stream is None:  # it was closed before the start
+            return
+        self._stream.write(line)
+        self._stream.flush()
+
+    def close(self) -> None:
+        """It is not ours to close."""
+
+
+class _Handler(logging.Handler):
+    """Spells each record and writes it; what cannot be written is told on standard error and dropped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._out: _Stdout | LogFile = _Stdout()
+        self._spell = _as_text
+        self._quiet_until = 0.0
+        self.is_plain = True
+
+    def direct(self, settings: LoggingSettings) -> None:
+        """From the next line on, write as the settings say."""
+        out = _Stdout() if settings.file is None else LogFile(settings.file)
+        self.acquire()
+        try:
+            self._out.close()
+            self._out = out
+            self._spell = _as_json if settings.format == "json" else _as_text
+            self._quiet_until = 0.0
+            self.is_plain = settings.is_plain
+        finally:
+            self.release()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Another package's record: its name, its process and what it says."""
+        told = "".join(traceback.format_exception(*record.exc_info)) if record.exc_info else None
+        fields = {"pid": record.process, "message": record.getMessage()}
+        self.put(_Line(record.created, record.levelname, record.name.partition(".")[0], fields, told))
+
+    def put(self, line: "_Line") -> None:
+        """Spell a line and write it."""
+        spelt = self._spell(line) + "\n"
+        self.acquire()
+        try:
+            self._out.write(spelt)
+        except OSError as error:
+            self._complain(error)
+        except ValueError:
+            """It was closed, and standard error most likely too."""
+        finally:
+            self.release()
+
+    def _complain(self, error: OSError) -> None:
+        now = time.monotonic()
+        if now < self._quiet_until:
+            return
+        self._quiet_until = now + COMPLAINT
+        with contextlib.suppress(OSError, ValueError):  # it may be closed, or as full
+            print(f"cannot write the log: {error.strerror or error}", file=sys.stderr, flush=True)
+
+
+class _Line(msgspec.Struct, frozen=True):
+    """What one line says; `at` is Unix time, `told` a traceback."""
+
+    at: float
+    level: str
+    event: str
+    fields: dict[str, Any]
+    told: str | None = None
+
+
+def _time_of(line: _Line) -> str:
+    """RFC 3339, in UTC."""
+    return f"{_second(int(line.at))}.{int(line.at % 1 * 1000):03d}Z"
+
+
+@functools.lru_cache(maxsize=2)
+def _second(at: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(at))
+
+
+def _as_text(line: _Line) -> str:
+    pairs = [f"{name}={_written(value)}" for name, value in line.fields.items() if value is not None]
+    text = " ".join([_time_of(line), line.level, line.event, *pairs])
+    if line.told is None:
+        return text
+    # What an exception says of a prompt must not forge a line.
+    return "\n".join([text, *(f"  | {_CONTROL.sub(_as_escape, each)}" for each in line.told.splitlines())])
+
+
+def _as_json(line: _Line) -> str:
+    shown = {"time": _time_of(line), "level": line.level, "event": line.event}
+    shown |= {name: _json_value(value) for name, value in line.fields.items() if value is not None}
+    if line.told is not None:
+        shown["traceback"] = line.told.rstrip("\n")
+    return _UNSAFE.sub(_as_json_escape, _JSON.encode(shown))
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, 3) if math.isfinite(value) else str(value)
+    return value
+
+
+def _written(value: Value) -> str:
+    if value is True or value is False:
+        return "true" if value else "false"
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    text = str(value)
+    if _BARE.fullmatch(text):
+        return text
+    return _UNSAFE.sub(_as_escape, _JSON.encode(text))
+
+
+def _as_escape(found: re.Match[str]) -> str:
+    return f"\\u{ord(found[0]):04x}"
+
+
+def _as_json_escape(found: re.Match[str]) -> str:
+    """Half a surrogate pair stands for no character, and strict readers refuse the line for it."""
+    return "\ufffd" if "\ud800" <= found[0] <= "\udfff" else _as_escape(found)

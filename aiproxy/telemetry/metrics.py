@@ -1,0 +1,354 @@
+"""Figures for Prometheus: what is counted, under which labels, how processes of one gunicorn share it.
+
+Labels are bounded: what a client sends becomes one only where an upstream has answered to it, and then
+for a limited number of names. With a directory prometheus-client keeps the figures in files there, one
+set a process, and each process tells the sum; it must find $PROMETHEUS_MULTIPROC_DIR when first imported.
+"""
+
+import os
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import msgspec
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, values
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.metrics_core import Metric
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from prometheus_client.registry import Collector
+
+from ..messages.report import Report
+
+#: Models that no configuration names and that are yet counted by name, for each process.
+STRANGERS = 50
+#: Characters of such a model's name; a longer one is no model's.
+_LONGEST = 100
+_UNKNOWN, _OTHER = "unknown", "other"
+_DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
+_CIRCUIT_STATES = ("closed", "half_open", "resting", "open", "draining")
+_RELOADS = "aiproxy_reloads_total"
+_FIRST_BYTE = (0.1, 0.25, 0.5, 1, 1.5, 2, 3, 5, 7.5, 10, 15, 20, 30, 45, 60, 90, 120)
+_ANSWER = (0.5, 1, 2, 3, 5, 7.5, 10, 15, 20, 30, 45, 60, 90, 120, 180, 300, 450, 600)
+
+
+class _Answers(msgspec.Struct, frozen=True):
+    """One upstream's figures about its answers."""
+
+    seconds: Histogram
+    input: Counter
+    output: Counter
+    cache_read: Counter
+    cache_write: Counter
+
+
+class Family(msgspec.Struct, frozen=True):
+    """One metric as one machine tells it to another."""
+
+    name: str
+    documentation: str
+    type: str
+    samples: list[tuple[str, dict[str, str], float]]
+
+
+class Metrics:
+    """Thread-safe, and cheap enough for the path of each request."""
+
+    def __init__(self, directory: str | None = None) -> None:
+        """`directory`: where the processes of one gunicorn share their figures, None for a single process.
+
+        Raises `RuntimeError` if prometheus-client was imported without being told of the directory.
+        """
+        if directory is not None and not (
+            values.ValueClass._multiprocess and os.environ.get(_DIRECTORY) == directory
+        ):
+            raise RuntimeError(f"{_DIRECTORY} must name {directory} before prometheus_client is imported")
+        self._define()
+        self._shown = _Shown(self._registry, directory)
+        self._lock = threading.Lock()
+        self._models: frozenset[str] = frozenset()
+        self._strangers: set[str] = set()
+        self._states: dict[str, str] = {}
+        # What `labels` gives, found without its lock and its checks.
+        self._request_counters: dict[tuple[str, str, str | None], Counter] = {}
+        self._attempt_counters: dict[tuple[str, str], Counter] = {}
+        self._first_bytes: dict[str, Histogram] = {}
+        self._answers: dict[str, _Answers] = {}
+        self._start_where_others_are()
+
+    def know_models(self, names: Iterable[str]) -> None:
+        """The models that the configuration names; each is counted by its name."""
+        self._models = frozenset(names)
+
+    def attempt(self, upstream: str, verdict: str, first_byte: float | None) -> None:
+        """One finished attempt; `first_byte`: seconds to the answer's head, shown of good answers only."""
+        counter = self._attempt_counters.get((upstream, verdict))
+        if counter is None:
+            counter = self._attempts.labels(_clean(upstream), verdict)
+            self._attempt_counters[upstream, verdict] = counter
+        counter.inc()
+        if first_byte is not None and verdict == "answered":
+            histogram = self._first_bytes.get(upstream)
+            if histogram is None:
+                histogram = self._first_bytes[upstream] = self._first_byte.labels(_clean(upstream))
+            histogram.observe(first_byte)
+
+    def request(self, model: str, outcome: str, client: str | None) -> None:
+        """One finished or refused request; `model` is empty where unknown, `client` None without a key."""
+        label = model if model in self._models else self._stranger(model, outcome)
+        counter = self._request_counters.get((label, outcome, client))
+        if counter is None:
+            who = "anonymous" if client is None else _clean(client)
+            counter = self._requests.labels(_clean(label), outcome, who)
+            self._request_counters[label, outcome, client] = counter
+        counter.inc()
+
+    def answer(self, upstream: str, seconds: float, report: Report) -> None:
+        """An answer that an upstream gave: seconds in all and the tokens that it says it used."""
+        figures = self._answers.get(upstream)
+        if figures is None:
+            figures = self._answers[upstream] = self._answers_of(_clean(upstream))
+        figures.seconds.observe(seconds)
+        if report.input_tokens:
+            figures.input.inc(report.input_tokens)
+        if report.output_tokens:
+            figures.output.inc(report.output_tokens)
+        if report.cache_read_input_tokens:
+            figures.cache_read.inc(report.cache_read_input_tokens)
+        if report.cache_creation_input_tokens:
+            figures.cache_write.inc(report.cache_creation_input_tokens)
+
+    def stream_began(self) -> None:
+        """A stream is on its way to a client."""
+        self._streams.inc()
+
+    def stream_ended(self) -> None:
+        """It is no longer."""
+        self._streams.dec()
+
+    def circuits(self, states: Mapping[str, str]) -> None:
+        """Each upstream's circuit state; upstreams that are missing here are shown no longer."""
+        with self._lock:
+            if states == self._states:
+                return
+            for upstream in states.keys() | self._states.keys():
+                self._circuit(upstream, self._states.get(upstream), states.get(upstream))
+            self._states = dict(states)
+
+    def reloaded(self, result: str) -> None:
+        """A changed configuration was found, and is in force ("applied") or is not ("refused")."""
+        self._reloads.labels(result).inc()
+
+    def exposition(self) -> tuple[bytes, str]:
+        """Body and content type of the answer to Prometheus."""
+        return generate_latest(self._shown), CONTENT_TYPE_PLAIN_0_0_4
+
+    def told(self, machine: str) -> bytes:
+        """The same for `exposition_of`, with the name of the machine."""
+        families = [
+            Family(
+                metric.name,
+                metric.documentation,
+                metric.type,
+                [(each.name, {**each.labels, "machine": machine}, each.value) for each in metric.samples],
+            )
+            for metric in self._shown.collect()
+        ]
+        return msgspec.json.encode(families)
+
+    def _define(self) -> None:
+        """What there is. A registry of its own, so that applications in one process share nothing."""
+        self._registry = CollectorRegistry()
+        into = self._registry
+        self._requests = Counter(
+            "aiproxy_requests_total",
+            "Requests that are done or were refused, by model, outcome and name of the client's key.",
+            ("model", "outcome", "client"),
+            registry=into,
+        )
+        self._attempts = Counter(
+            "aiproxy_attempts_total",
+            "Attempts at upstreams, by verdict: answered, or what the failure cost the upstream.",
+            ("upstream", "verdict"),
+            registry=into,
+        )
+        self._first_byte = Histogram(
+            "aiproxy_first_byte_seconds",
+            "Seconds from an attempt's start to the head of the upstream's answer, good answers only.",
+            ("upstream",),
+            registry=into,
+            buckets=_FIRST_BYTE,
+        )
+        self._answer = Histogram(
+            "aiproxy_answer_seconds",
+            "Seconds that an upstream's answer took in all, to its last byte.",
+            ("upstream",),
+            registry=into,
+            buckets=_ANSWER,
+        )
+        self._tokens = Counter(
+            "aiproxy_tokens_total",
+            "Tokens that upstreams say they used: input (beside the cache), output, cache_read, cache_write.",
+            ("upstream", "kind"),
+            registry=into,
+        )
+        self._define_gauges(into)
+
+    def _define_gauges(self, into: CollectorRegistry) -> None:
+        self._streams = Gauge(
+            "aiproxy_streams_in_flight",
+            "Streams on their way to a client.",
+            registry=into,
+            multiprocess_mode="livesum",
+        )
+        self._circuits = Gauge(
+            "aiproxy_circuit_state",
+            "Worker processes in which the upstream's circuit is in the state: 1 or 0 with one worker.",
+            ("upstream", "state"),
+            registry=into,
+            multiprocess_mode="livesum",
+        )
+        # Each process applies the same reload. A gauge, as only gauges may be shared by their largest
+        # figure rather than their sum; it only grows, and `_Shown` tells it as the counter that it is.
+        self._reloads = Gauge(
+            _RELOADS,
+            "Changed configurations found, by result: applied or refused.",
+            ("result",),
+            registry=into,
+            multiprocess_mode="max",
+        )
+
+    def _start_where_others_are(self) -> None:
+        """A process that starts later has seen no earlier reload, and gets no strangers of its own again."""
+        reloads = {"applied": 0.0, "refused": 0.0}
+        for metric in self._shown.collect():
+            for sample in metric.samples:
+                if sample.name == _RELOADS:
+                    reloads[sample.labels["result"]] = sample.value
+                elif sample.name == "aiproxy_requests_total":
+                    self._strangers.add(sample.labels["model"])
+        self._strangers -= {_UNKNOWN, _OTHER}
+        for result, count in reloads.items():
+            self._reloads.labels(result).set(count)
+
+    def _answers_of(self, upstream: str) -> _Answers:
+        return _Answers(
+            seconds=self._answer.labels(upstream),
+            input=self._tokens.labels(upstream, "input"),
+            output=self._tokens.labels(upstream, "output"),
+            cache_read=self._tokens.labels(upstream, "cache_read"),
+            cache_write=self._tokens.labels(upstream, "cache_write"),
+        )
+
+    def _stranger(self, model: str, outcome: str) -> str:
+        """The label of a model that no configuration names."""
+        if model in self._strangers:
+            return model
+        if not model:
+            return _UNKNOWN
+        if outcome != "complete" or len(model) > _LONGEST or model != _clean(model):
+            return _OTHER
+        with self._lock:
+            if len(self._strangers - self._models) < STRANGERS:
+                self._strangers.add(model)
+        return model if model in self._strangers else _OTHER
+
+    def _circuit(self, upstream: str, before: str | None, now: str | None) -> None:
+        if before == now:
+            return
+        name = _clean(upstream)
+        if before is None:
+            for state in _CIRCUIT_STATES:
+                self._circuits.labels(name, state).set(0)
+        # The new one first: between the two an upstream is shown in both rather than in none.
+        if now is not None:
+            self._circuits.labels(name, now).set(1)
+        if before is not None:
+            self._circuits.labels(name, before).set(0)
+
+
+def exposition_of(told: Iterable[bytes]) -> tuple[bytes, str]:
+    """As `Metrics.exposition`, of several machines; what carries the same labels is added up.
+
+    What cannot be read is left out: a machine of another version, or one that told nothing.
+    """
+    metrics: dict[str, Metric] = {}
+    sums: dict[tuple[str, frozenset[tuple[str, str]]], float] = {}
+    for family in (each for one in told for each in _families(one)):
+        metric = metrics.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+        for name, labels, value in family.samples:
+            key = (name, frozenset(labels.items()))
+            if key not in sums:
+                metric.add_sample(name, labels, 0.0)
+            sums[key] = sums.get(key, 0.0) + value
+    for metric in metrics.values():
+        metric.samples = [
+            each._replace(value=sums[each.name, frozenset(each.labels.items())]) for each in metric.samples
+        ]
+    return generate_latest(_Collected(list(metrics.values()))), CONTENT_TYPE_PLAIN_0_0_4
+
+
+def _families(told: bytes) -> list[Family]:
+    try:
+        return msgspec.json.decode(told, type=list[Family])
+    except msgspec.DecodeError:
+        return []
+
+
+class _Collected(Collector):
+    """Metrics that are there already."""
+
+    def __init__(self, metrics: list[Metric]) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> list[Metric]:
+        """See `Collector.collect`."""
+        return self._metrics
+
+
+class _Shown(Collector):
+    """The figures as Prometheus shall see them, of one process or of all that share a directory."""
+
+    def __init__(self, registry: CollectorRegistry, directory: str | None) -> None:
+        self._registry = registry
+        self._directory = directory
+
+    def collect(self) -> Iterator[Metric]:
+        """See `Collector.collect`; by name."""
+        for metric in sorted(self._all(), key=lambda metric: metric.name):
+            if metric.name == _RELOADS:
+                metric.name, metric.type = _RELOADS.removesuffix("_total"), "counter"
+            elif metric.name == "aiproxy_circuit_state":
+                # Files cannot forget a label: an upstream that no process knows is in no state.
+                known = {sample.labels["upstream"] for sample in metric.samples if sample.value}
+                metric.samples = [each for each in metric.samples if each.labels["upstream"] in known]
+            # When a series began is told by one process only, and of no use here.
+            metric.samples = [each for each in metric.samples if not each.name.endswith("_created")]
+            yield metric
+
+    def _all(self) -> Iterable[Metric]:
+        if self._directory is None:
+            return self._registry.collect()
+        files = [str(path) for path in Path(self._directory).glob("*.db") if _is_filled(path)]
+        return MultiProcessCollector.merge(files)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def process_ended(pid: int) -> None:
+    """A worker is gone: its streams and circuits count no longer, what it counted does.
+
+    For gunicorn's `child_exit`, in the master.
+    """
+    if _DIRECTORY in os.environ:
+        mark_process_dead(pid)  # type: ignore[no-untyped-call]
+
+
+def _is_filled(path: Path) -> bool:
+    """Not one that another process is just creating, which nobody can read, or just removed."""
+    try:
+        return path.stat().st_size > 0
+    except FileNotFoundError:
+        return False
+
+
+def _clean(name: str) -> str:
+    """The name without lone surrogates, which no exposition can carry."""
+    return name.encode(errors="replace").decode()
