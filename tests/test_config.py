@@ -11,7 +11,6 @@ import msgspec
 import pytest
 from fakes import LOOPBACK_CERT
 
-from aiproxy import config as config_module
 from aiproxy.config import (
     BreakerSettings,
     ClientKey,
@@ -22,6 +21,8 @@ from aiproxy.config import (
     UpstreamSettings,
     load,
     path_from,
+    readers,
+    schema,
 )
 
 EXAMPLE = Path(__file__).parent.parent / "config.example.yaml"
@@ -1348,8 +1349,8 @@ def test_no_fault_shows_a_secret_wherever_it_stands(loader: Loader, lines: list[
 def test_a_new_setting_that_is_marked_as_hidden_is_shown_by_no_reader(
     loader: Loader, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reader = config_module._hidden(config_module._list_of(config_module._above_zero))
-    monkeypatch.setitem(config_module._CONFIG, "api_keys", reader)
+    reader = readers.hidden(readers.list_of(readers.above_zero))
+    monkeypatch.setitem(schema._CONFIG, "api_keys", reader)
     assert loader.faults("api_keys: [t0ken, 1]" + UPSTREAMS) == [
         "api_keys[0]: is a text that is not shown here, expected a number above 0"
     ]

@@ -1,0 +1,469 @@
+"""Which setting is read how: a reader for each kind, and tables that say which key takes which reader.
+
+A new setting is a line in its Struct and a line in its table.
+"""
+
+import ipaddress
+import os
+import re
+import ssl
+import stat
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+from .document import Fault, File, Value, in_order, parse, shown, variables
+from .readers import (
+    above_zero,
+    boolean,
+    hidden,
+    list_of,
+    mapping_of,
+    one_of,
+    or_default,
+    section,
+    whole,
+    without_faults,
+    zero_or_more,
+)
+from .settings import (
+    BreakerSettings,
+    ClientKey,
+    Config,
+    ConfigError,
+    LoggingSettings,
+    StateUrl,
+    Substituted,
+    Timeouts,
+    UpstreamSettings,
+    is_loopback,
+)
+
+# Underscores are for the names of containers.
+_LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?", re.IGNORECASE | re.ASCII)
+_IPV6 = re.compile(r"[0-9a-f:.]+(?:%[\w.-]+)?", re.IGNORECASE | re.ASCII)
+_PORT = re.compile(r":?(?!0[0-9])([0-9]{1,5})")
+_URL = re.compile(
+    r"(?P<scheme>https?)://(?P<host>\[[^\]%]*\]|[^:/\[\]]*)(?::(?P<port>[0-9]{1,5}))?"
+    r"(?:/[a-z0-9._~!$&'()*+,;=:@%/-]*)?",
+    re.IGNORECASE | re.ASCII,
+)
+# gunicorn would drop a second slash, and all up to a second "unix:".
+_UNIX_SOCKET = re.compile(r"unix:(/(?!/)(?:(?!unix:)[^\x00-\x1f\x7f])+)")
+_LONGEST_SOCKET = 107  # bytes; see unix(7)
+#: RFC 3986 section 3.2.1.
+_USERINFO = r"(?:[a-z0-9._~!$&'()*+,;=-]|%[0-9a-f]{2})"
+_PROXY = re.compile(
+    rf"http://(?:{_USERINFO}+(?::(?:{_USERINFO}|:)*)?@)?"
+    r"(?P<host>\[[^\]%]*\]|[^:/@\[\]]*)(?::(?P<port>[0-9]{1,5}))?/?",
+    re.IGNORECASE | re.ASCII,
+)
+_REDIS = re.compile(
+    rf"(?:(?P<tls>rediss?)://(?:(?:{_USERINFO}|:)*@)?(?P<host>\[[^\]%]*\]|[^:/@?\[\]]+)(?::(?P<port>[0-9]{{1,5}}))?(?:/(?P<db>[0-9]{{1,5}})?)?"
+    rf"|unix://(?:(?:{_USERINFO}|:)*@)?/[^\x00-\x20\x7f?#]+)"
+    r"(?:\?(?:(?:db=[0-9]{1,5}|ssl_(?:ca_certs|certfile|keyfile)=[^\x00-\x20\x7f&#]+)(?:&|$))*)?",
+    re.IGNORECASE | re.ASCII,
+)
+_DEMOS = ("demo://answers", "demo://overloaded")
+
+_PRINTABLE_ASCII = re.compile(r"[!-~]+")
+#: RFC 9110 section 5.6.2, in lower case.
+_HEADER_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9a-z]+")
+_HEADER_VALUE = re.compile(r"[ -~\xa0-\xff]*")
+#: Set by the proxy itself: the credential, of which one goes out, and the body's framing and coding.
+_OWN_HEADERS = frozenset(
+    "authorization x-api-key proxy-authorization cookie cookie2 host content-length content-type "
+    "content-encoding transfer-encoding accept-encoding connection proxy-connection keep-alive expect te "
+    "trailer upgrade http2-settings".split()
+)
+
+
+def _is_ipv6(text: str) -> bool:
+    return bool(_IPV6.fullmatch(text)) and _is_address(ipaddress.IPv6Address, text)
+
+
+def _is_host(text: str) -> bool:
+    """Whether it is an IPv4 address or a host name, whose last label is no number (RFC 1123 section 2.1)."""
+    labels = text.removesuffix(".").split(".")
+    if labels[-1].isdigit():
+        return _is_address(ipaddress.IPv4Address, text)
+    return len(text) <= 253 and all(_LABEL.fullmatch(label) for label in labels)
+
+
+def _is_address(kind: Callable[[str], object], text: str) -> bool:
+    try:
+        kind(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _bind(value: Value) -> str:
+    text = value.text()
+    bare = text[1:-1] if text.startswith("[") and text.endswith("]") else text
+    if _is_ipv6(bare) or _is_host(text):
+        return bare
+    if re.fullmatch(r".*:[0-9]+", text):
+        raise Fault(f"is {value.shown()}, with a port, expected an address alone: the port goes into listen")
+    return value.refuse("an IP address or a host name, such as 127.0.0.1, or 0.0.0.0 for all")
+
+
+def _listen(value: Value) -> int | str:
+    """A port, or the path of a unix socket."""
+    text = value.text()
+    if text.startswith("unix:"):
+        return _unix_socket(value, text)
+    port = _PORT.fullmatch(text)
+    if port and int(port[1]) <= 65535:
+        return int(port[1])
+    if re.fullmatch(r".+:[0-9]+", text):
+        raise Fault(
+            f'is {value.shown()}, with an address, expected ":8080" or 8080: the address goes into bind'
+        )
+    return value.refuse('a port from 0 to 65535, such as ":8080" or 8080')
+
+
+def _unix_socket(value: Value, text: str) -> str:
+    path = _UNIX_SOCKET.fullmatch(text)
+    if not path or len(path[1].encode()) > _LONGEST_SOCKET:
+        value.refuse(
+            f"an absolute path of at most {_LONGEST_SOCKET} bytes, such as unix:/run/aiproxy/aiproxy.sock"
+        )
+    if os.path.exists(path[1]) and not stat.S_ISSOCK(os.stat(path[1]).st_mode):
+        raise Fault(f"is {value.shown()}, which is there and is no socket, expected a path for one")
+    if not os.path.isdir(os.path.dirname(path[1])):
+        value.warn("is in a directory that does not exist yet")
+    return path[1]
+
+
+def _base_url(value: Value) -> str:
+    text = value.text().rstrip("/")
+    if "?" in text or "#" in text:
+        raise Fault("has a query or a fragment, expected scheme, host, port and path only")
+    if "@" in text.partition("://")[2].partition("/")[0]:
+        raise Fault("has a user name or a password, expected scheme, host, port and path only")
+    if text.startswith("demo:"):
+        if text not in _DEMOS:
+            value.fault(f"is {value.shown()}, expected {' or '.join(_DEMOS)}")
+            return "demo:"  # still no upstream that needs a token
+        return text
+    parts = _URL.fullmatch(text)
+    if not parts or not _is_url_host(parts["host"]) or not 0 < int(parts["port"] or 443) <= 65535:
+        return value.refuse("http:// or https:// and a host, such as https://api.anthropic.com")
+    if ending := re.search(r"/v1(/messages)?$", text):
+        value.warn(
+            f"ends in {ending[0]}: base_url is what ANTHROPIC_BASE_URL would be, /v1/messages is appended "
+            "to it as it stands"
+        )
+    return parts["scheme"].lower() + text[len(parts["scheme"]) :]
+
+
+def _proxy(value: Value) -> str:
+    """The URL of a forward proxy; it may hold a password, so no fault shows it."""
+    text = value.text()
+    if not text.lower().startswith("http://"):
+        raise Fault("does not begin with http://, expected http://HOST:PORT: no other kind is supported")
+    parts = _PROXY.fullmatch(text)
+    if not parts or not _is_url_host(parts["host"]) or not 0 < int(parts["port"] or 80) <= 65535:
+        raise Fault(
+            "is no URL of a forward proxy, expected http://HOST:PORT or http://USER:PASSWORD@HOST:PORT, with "
+            "other signs than letters, digits and -._~ of user and password percent-encoded"
+        )
+    return "http" + text[len("http") :].rstrip("/")
+
+
+def _state(value: Value) -> StateUrl | None:
+    """It may hold a password, so no fault shows it."""
+    text = value.text()
+    if text.lower() == "memory":
+        return None
+    parts = _REDIS.fullmatch(text)
+    if not parts or (parts["host"] and not _is_url_host(parts["host"])) or int(parts["port"] or 6379) > 65535:
+        raise Fault(
+            "is neither memory nor the URL of a Redis server, expected redis://HOST:PORT/DATABASE, "
+            "rediss://:PASSWORD@HOST:PORT or unix:///PATH, with other signs than letters, digits and -._~ of "
+            "user and password percent-encoded"
+        )
+    return StateUrl(text)
+
+
+def _ca_bundle(value: Value) -> str:
+    """A file of certificates; a relative path starts from the configuration file's directory."""
+    text = value.text()
+    if not text or not text.isprintable():
+        value.refuse("the path of a file with certificates in PEM")
+    path = str(value.file.directory / text)
+    if value.file.was_good:
+        return path
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    try:
+        context.load_verify_locations(cafile=path)
+    except ssl.SSLError:
+        pass
+    except OSError as error:
+        raise Fault(
+            f"is {value.shown()}, which cannot be read ({error.strerror}), expected a file with certificates "
+            "in PEM"
+        ) from None
+    if not context.cert_store_stats()["x509"]:
+        raise Fault(f"is {value.shown()}, which holds no certificate, expected certificates in PEM")
+    return path
+
+
+def _is_url_host(host: str) -> bool:
+    return _is_ipv6(host[1:-1]) if host.startswith("[") else _is_host(host)
+
+
+def _name(value: Value) -> str:
+    """A name as it goes out in a header; what cannot stand in one is percent-encoded, not refused.
+
+    Names with spaces and in any script are common in files that were written for the Go program.
+    """
+    text = value.text()
+    if not text or re.search(r"[\x00-\x1f\x7f-\x9f\"'`]", text):
+        value.refuse("a name without quotes and control characters")
+    if not _PRINTABLE_ASCII.fullmatch(text):
+        value.warn("is not printable ASCII without spaces: headers and logs show it percent-encoded")
+    return quote(text, safe="!#$%&()*+,/:;<=>?@[\\]^{|}~")
+
+
+def _token(value: Value) -> str:
+    text = value.text()
+    if not text:
+        named = variables(value.variables)
+        raise Fault(
+            f"names {named}, empty in the environment, expected a key"
+            if named
+            else "is blank, expected a key"
+        )
+    if not _PRINTABLE_ASCII.fullmatch(text):
+        raise Fault("has a space or a character that is not printable ASCII, expected a key alone")
+    return text
+
+
+def _weight(value: Value) -> int:
+    return max(1, whole("a whole number")(value))
+
+
+def _model(value: Value) -> str:
+    return _model_name(value, value.text())
+
+
+def _model_key(value: Value) -> str:
+    return _model_name(value, value.literal())
+
+
+def _model_name(value: Value, name: str) -> str:
+    if not name:
+        value.refuse("the name of a model")
+    if not value.is_text:
+        value.refuse("the name of a model: put it in quotes")
+    return name
+
+
+def _header_name(value: Value) -> str:
+    name = value.literal().lower()
+    if not _HEADER_NAME.fullmatch(name):
+        raise Fault("is no name of a header, expected letters, digits and hyphens")
+    if name in _OWN_HEADERS:
+        raise Fault("is a header that the proxy sets itself, expected another one")
+    return name
+
+
+def _header_value(value: Value) -> str:
+    text = value.text()
+    if not _HEADER_VALUE.fullmatch(text):
+        raise Fault("has a character that no header can hold, expected one printable line in Latin-1")
+    return text
+
+
+def _log_file(value: Value) -> str:
+    """The absolute path of a file that can be written, or made; it is not made yet."""
+    text = value.text()
+    if not text or not text.isprintable():
+        value.refuse("the path of a file")
+    path = Path(os.path.abspath(value.file.directory / text))
+    if value.file.was_good:
+        return str(path)
+    if path.is_dir():
+        raise Fault(f"is {value.shown()}, a directory, expected the path of a file")
+    if not path.parent.is_dir():
+        raise Fault(f"is {value.shown()}, in a directory that does not exist, expected one that does")
+    if not (os.access(path, os.W_OK) if path.exists() else os.access(path.parent, os.W_OK | os.X_OK)):
+        raise Fault(f"is {value.shown()}, which cannot be written, expected a file that can")
+    return str(path)
+
+
+def _client_key(value: Value) -> ClientKey:
+    """A key alone, or `{name, key}`; one without a name is called after its place."""
+    if not value.is_mapping:
+        return ClientKey("", _token(value))
+    found = value.fields({"name": _name, "key": hidden(_token)})
+    for key in ("name", "key"):
+        if key not in found:
+            value.fault("is missing, expected a name and a key", key)
+    return ClientKey(found.get("name") or "", found.get("key") or "")
+
+
+def _workers(value: Value) -> int:
+    """A number, or `auto` for one a core of those that this process may use."""
+    if value.text().lower() == "auto":
+        return len(os.sched_getaffinity(0))
+    return whole("a whole number, 1 or more, or auto", 1)(value)
+
+
+def _admin_key(value: Value) -> ClientKey:
+    return ClientKey("admin", _token(value))
+
+
+def _api_keys(value: Value) -> tuple[ClientKey, ...]:
+    items = value.items()
+    if not items:
+        raise Fault("is an empty list, expected at least one key; leave it out to serve without keys")
+    keys: list[ClientKey] = []
+    for number, item in enumerate(items, start=1):
+        item.hidden = not item.is_mapping
+        read = item.read(_client_key)
+        if read is None or not read.key:
+            continue
+        key = ClientKey(read.name or f"key-{number}", read.key)
+        if any(other.name == key.name for other in keys):
+            item.fault("is another key's name too, expected one of its own", "name")
+        if any(other.key == key.key for other in keys):
+            item.fault("is the same key as one before, expected each once")
+        keys.append(key)
+    return tuple(keys)
+
+
+def _upstream(value: Value) -> UpstreamSettings:
+    found = value.fields(_UPSTREAM)
+    base_url = found.get("base_url") or ""
+    if "base_url" not in found:
+        value.fault("is missing, expected a URL such as https://api.anthropic.com", "base_url")
+    if "token" not in found and not base_url.startswith("demo:"):
+        value.fault("is missing, expected a key, such as ${ANTHROPIC_API_KEY}", "token")
+    _check_way(value, base_url, found)
+    available = found.get("available_models")
+    for model in found.get("model_mappings") or ():
+        if available and model not in available:
+            said = f"maps {shown(model, quoted=True)}, which can never be used: available_models lacks it"
+            value.warn(said, "model_mappings")
+    if "name" not in found:
+        found["name"] = urlsplit(base_url).hostname
+    return UpstreamSettings(**{"name": "", "base_url": ""} | without_faults(found))
+
+
+def _check_way(value: Value, base_url: str, found: Mapping[str, Any]) -> None:
+    """Whether an upstream's `proxy` and `ca_bundle` can be of use."""
+    for key in ("proxy", "ca_bundle"):
+        if key in found and base_url.startswith("demo:"):
+            value.fault("is of no use to a demo, which makes no connection, expected none", key)
+    if "ca_bundle" in found and base_url.startswith("http:"):
+        value.warn("is of no use: base_url is http://, which knows no certificates", "ca_bundle")
+
+
+def _upstreams(value: Value) -> tuple[UpstreamSettings, ...]:
+    items = value.items()
+    if not items:
+        raise Fault("is an empty list, expected at least one upstream")
+    upstreams: list[UpstreamSettings] = []
+    owners: dict[str, str] = {}
+    for item in items:
+        upstream = item.read(_upstream)
+        if upstream is None:
+            continue
+        upstreams.append(upstream)
+        owner = owners.setdefault(upstream.name, item.path)
+        if upstream.name and owner != item.path:
+            problem = (
+                f"is the name of {owner} too, expected a name for each (else it is the host of base_url)"
+            )
+            item.fault(problem, "name")
+    if len(upstreams) == len(items) and not any(upstream.enabled for upstream in upstreams):
+        raise Fault("has no upstream that is enabled, expected at least one")
+    return tuple(upstreams)
+
+
+# --- Which reader takes which key; the defaults are in the Structs ---
+
+_UPSTREAM: dict[str, Callable[[Value], Any]] = {
+    "name": or_default(_name),
+    "base_url": _base_url,
+    "token": or_default(hidden(_token)),
+    "auth": one_of("x-api-key", "bearer"),
+    "weight": _weight,
+    "enabled": boolean,
+    "model_mappings": mapping_of(_model_key, _model),
+    "available_models": lambda value: frozenset(list_of(_model)(value)),
+    "must_stream": boolean,
+    "headers": hidden(mapping_of(_header_name, _header_value)),
+    "proxy": hidden(_proxy),
+    "ca_bundle": _ca_bundle,
+}
+
+_TIMEOUTS = {"connect": above_zero, "first_byte": above_zero, "answer": above_zero, "idle": above_zero}
+
+_BREAKER = {"failures": whole("a whole number, 1 or more", 1), "cooldown": zero_or_more}
+
+_LOGGING: dict[str, Callable[[Value], Any]] = {
+    "level": one_of("debug", "info", "warning", "error"),
+    "prompt_preview": whole("a whole number, 0 or more", 0),
+    "format": one_of("text", "json"),
+    "file": _log_file,
+}
+
+_CONFIG: dict[str, Callable[[Value], Any]] = {
+    "bind": or_default(_bind),
+    "listen": or_default(_listen),
+    "max_body_mb": above_zero,
+    "timeouts": section(Timeouts, _TIMEOUTS),
+    "breaker": section(BreakerSettings, _BREAKER),
+    "logging": section(LoggingSettings, _LOGGING),
+    "api_keys": _api_keys,
+    "allow_anonymous": boolean,
+    "affinity": one_of("none", "prompt_cache", "prefix"),
+    "max_in_flight": whole("a whole number, 1 or more", 1),
+    "workers": _workers,
+    "state": hidden(_state),
+    "admin_key": hidden(_admin_key),
+    "upstreams": _upstreams,
+}
+
+
+def load(
+    path: Path,
+    environ: Mapping[str, str] = os.environ,
+    content: bytes | None = None,
+    was_good: bool = False,
+) -> Config:
+    """Read, check and freeze the configuration; raises `ConfigError` with all of its faults.
+
+    `content`: the file's, where it has been read already. `was_good`: it has been in force, so that other
+    files which are gone since are no reason to refuse it.
+    """
+    file = File(path, environ, was_good)
+    root = parse(file, path, content)
+    found = root.read(lambda value: value.fields(_CONFIG))
+    if found is not None and "upstreams" not in found:
+        root.fault("is missing, expected a list with at least one upstream", "upstreams")
+    listen = found.pop("listen", None) if found is not None else None
+    is_local = isinstance(listen, str)
+    if found is not None and "api_keys" not in found and not found.get("allow_anonymous") and not is_local:
+        _check_anonymous(root, found.get("bind", Config().bind))
+    if found is None or file.faults:
+        raise ConfigError(in_order(file.faults))
+    if listen is not None:
+        found["unix_socket" if is_local else "port"] = listen
+    substituted = Substituted(frozenset(file.substituted))
+    return Config(**found, warnings=in_order(file.warnings), substituted=substituted)
+
+
+def _check_anonymous(root: Value, bind: str | None) -> None:
+    """Without keys whoever reaches the port spends the team's money."""
+    if bind is not None and not is_loopback(bind):
+        root.fault(
+            f"is {shown(bind, quoted=True)}, which other machines may reach, expected a loopback address, "
+            "or api_keys, or allow_anonymous: true",
+            "bind",
+        )
