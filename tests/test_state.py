@@ -281,6 +281,20 @@ def test_draining_reaches_all_and_whoever_comes_later_and_ends_with_a_reload_any
     await_that(lambda: not c.upstream.draining, limit=1.0)
 
 
+def test_an_upstream_that_was_drained_and_taken_out_of_the_file_comes_back_in_use(process):
+    a, b = process(), process()
+    a.upstream.draining = True
+    a.upstream.shared.drain(True)
+    await_that(lambda: b.upstream.draining, limit=1.0)
+    for one in (a, b):
+        one.state.share([])
+    a.told()
+    back = Upstream(a.settings, a.breaker)
+    a.state.share([back])
+    a.state._look()
+    assert not back.draining
+
+
 def test_another_account_of_the_same_name_is_another_upstream(process):
     a, b = process(), process(token="sk-test-another")
     a.fail(3)
@@ -325,6 +339,15 @@ def test_thread_owners_are_shared_and_forgotten_in_time(process, server):
     assert b.state.owner("msg_1") == "a"
     assert b.state.owner("msg_2") is None
     assert 3500 < server.do("TTL", "aiproxy:owner:msg_1") <= 3600
+
+
+def test_an_id_that_is_no_text_harms_nobody(capsys, process):
+    """JSON can spell half a surrogate pair, which no encoding can."""
+    a, b = process(), process()
+    a.state.remember("msg_\ud800", "a")
+    assert b.state.owner("msg_\ud800") == "a"
+    assert not away(a)
+    assert "bug" not in capsys.readouterr().out
 
 
 def test_all_answer_a_question_and_who_is_silent_is_named(process):
@@ -406,6 +429,7 @@ class Cable:
     def __init__(self, port):
         self._server = port
         self._ends = []
+        self._frozen = []
         self.port = free_port()
         self.mend()
 
@@ -420,6 +444,10 @@ class Cable:
             one.close()
         self._ends = []
 
+    def freeze(self):
+        """What goes over the connections that there are is lost, and nobody is told."""
+        self._frozen += self._ends
+
     def _accept(self, listener):
         with contextlib.suppress(OSError):
             while True:
@@ -432,7 +460,8 @@ class Cable:
     def _carry(self, source, target):
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
-                target.sendall(data)
+                if target not in self._frozen:
+                    target.sendall(data)
 
 
 @pytest.fixture
@@ -456,6 +485,64 @@ def test_a_circuit_that_was_closed_in_isolation_is_closed_for_all(process, cable
     a.upstream.shared.tell(Change("closed"))
     cable.mend()
     await_that(lambda: state_of(b) == "closed")
+
+
+@pytest.mark.parametrize("is_empty", [False, True])
+def test_what_was_done_by_hand_while_the_server_was_lost_is_done_for_all(fragile, process, is_empty):
+    a, b = process(fragile.url), process(fragile.url)
+    a.fail(3)
+    await_that(lambda: state_of(b) == "open")
+    fragile.pause()
+    a.breaker.close()
+    a.upstream.shared.tell(Change("closed"))  # nobody knows yet that this will not be heard
+    a.upstream.draining = True
+    a.upstream.shared.drain(True)
+    await_that(lambda: away(a) and away(b))
+    if is_empty:
+        fragile.kill()
+        fragile.start()
+    else:
+        fragile.resume()
+    await_that(lambda: state_of(b) == "closed" and b.upstream.draining, limit=5.0)
+    assert state_of(a) == "closed"
+    assert a.upstream.draining
+
+
+def test_what_was_undone_by_hand_stays_undone_where_others_remember_it(fragile, process):
+    a, b = process(fragile.url), process(fragile.url)
+    a.fail(3)
+    a.upstream.draining = True
+    a.upstream.shared.drain(True)
+    await_that(lambda: state_of(b) == "open" and b.upstream.draining)
+    fragile.kill()
+    await_that(lambda: away(a) and away(b))
+    a.breaker.close()
+    a.upstream.shared.tell(Change("closed"))
+    a.upstream.draining = False
+    a.upstream.shared.drain(False)
+    fragile.start()
+    await_that(lambda: state_of(b) == "closed" and not b.upstream.draining, limit=5.0)
+    assert state_of(a) == "closed"
+    assert not a.upstream.draining
+
+
+def test_who_hears_nothing_because_its_connection_died_in_silence_listens_anew(process, cable, monkeypatch):
+    monkeypatch.setattr(redis_state, "_PING", 0.2)
+    a, b = process(f"redis://{HOST}:{cable.port}/0", answers={"status": lambda: b"{}"}), process()
+    assert list(b.state.ask("status").answers.values()) == [b"{}"]
+    cable.freeze()
+    await_that(lambda: list(b.state.ask("status").answers.values()) == [b"{}"], limit=8.0)
+    assert not away(a)
+
+
+def test_a_connection_that_has_nothing_to_say_is_kept(process, server, monkeypatch):
+    monkeypatch.setattr(redis_state, "_PING", 0.1)
+    a, b = (process(answers={"status": lambda: b"{}"}) for _ in "ab")
+    for one in (a, b):  # so both listen
+        await_that(lambda one=one: b"{}" in one.state.ask("status").answers.values())
+    began = server.do("INFO", "stats")["total_connections_received"]
+    threading.Event().wait(1.0)
+    assert server.do("INFO", "stats")["total_connections_received"] == began
 
 
 def test_a_circuit_that_was_opened_in_isolation_is_not_opened_for_all(process, cable):
@@ -488,14 +575,48 @@ def test_a_server_that_hangs_costs_a_request_less_than_a_tenth_of_a_second(fragi
     one.joined()
 
 
-def test_leave_that_comes_too_late_is_given_back(process, server, short_cooldown, monkeypatch):
+def slow(one, monkeypatch):
+    """The server answers, but not in the time that a request waits."""
+    with monkeypatch.context() as patched:
+        patched.setattr(redis_state, "LEAVE_WAIT", 0.0)
+        assert one.try_again() is None
+        one.state.ask("nothing")  # what was asked before is answered
+    one.clock.now += redis_state._AGAIN
+
+
+def test_leave_that_comes_too_late_is_for_the_next_request(process, short_cooldown, monkeypatch):
+    """Else an upstream would never come back where the server is a few hundredths of a second away."""
     a, b = process(), process()
     due(a, b)
-    monkeypatch.setattr(redis_state, "LEAVE_WAIT", 0.0)
+    slow(a, monkeypatch)
+    assert a.state.is_doubted
+    trial = a.try_again()
+    assert trial.kind is Pass.TRIAL
+    assert b.try_again() is None
+    assert a.settle(trial, Outcome.SUCCESS) == Change("closed")
+    await_that(lambda: state_of(b) == "closed", limit=1.0)
+
+
+def test_leave_that_comes_too_late_and_is_not_used_is_another_s_soon(process, short_cooldown, monkeypatch):
+    monkeypatch.setattr(redis_state, "LEASE", 0.4)
+    monkeypatch.setattr(redis_state, "LOOK", 0.1)
+    a, b = process(), process()
+    due(a, b)
+    slow(a, monkeypatch)
+    b.trial()
     assert a.try_again() is None
-    a.state.ask("nothing")
-    monkeypatch.setattr(redis_state, "LEAVE_WAIT", 0.5)
-    b.trial(limit=1.0)
+
+
+def test_leave_that_comes_too_late_ends_with_the_circuit(process, short_cooldown, monkeypatch):
+    a, b = process(), process()
+    due(a, b)
+    slow(a, monkeypatch)
+    a.breaker.close()
+    a.upstream.shared.tell(Change("closed"))
+    await_that(lambda: state_of(b) == "closed", limit=1.0)
+    due(a, b)
+    b.trial()
+    assert a.try_again() is None
 
 
 def test_a_refused_password_is_told_without_it(capsys, process, tmp_path):

@@ -72,7 +72,8 @@ function happened.reopened(circuit, token, cooldown)
 end
 
 function happened.closed(circuit)
-  local changed = circuit.failures > 0 or circuit.open > 0 or circuit.rest > now
+  -- Also where nothing is known: what others remember must not open it again.
+  local changed = circuit.version == 0 or circuit.failures > 0 or circuit.open > 0 or circuit.rest > now
   circuit.failures, circuit.open, circuit.rest, circuit.trial, circuit.lease = 0, 0, 0, '', 0
   return changed
 end
@@ -121,7 +122,7 @@ function happened.renewed(circuit, token, lease)
 end
 
 function happened.drained(circuit, draining)
-  local changed = circuit.drained ~= tonumber(draining)
+  local changed = circuit.version == 0 or circuit.drained ~= tonumber(draining)
   circuit.drained = tonumber(draining)
   return changed
 end

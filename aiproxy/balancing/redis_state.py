@@ -45,6 +45,8 @@ DOUBT = 1.0
 _AGAIN = 0.1
 #: Seconds after which the thread that listens looks whether it is to stop.
 _LISTEN = 0.25
+#: Seconds of silence after which it asks whether the server is there; after twice as many it is not.
+_PING = 5.0
 #: Seconds that a question to all processes may take.
 _ASKED = 0.5
 
@@ -67,9 +69,9 @@ class _Seen(msgspec.Struct, frozen=True, array_like=True):
     trial_for: int
     granted: int
 
-    def view(self, own_trial: str) -> View:
+    def view(self, *own_trials: str) -> View:
         """As a breaker takes it."""
-        elsewhere = self.trial_for if self.trial != own_trial else 0
+        elsewhere = self.trial_for if self.trial not in own_trials else 0
         open_for = self.open_for / 1000 if self.is_open else None
         return View(self.failures, open_for, self.rest_for / 1000, elsewhere / 1000)
 
@@ -134,7 +136,7 @@ class RedisState:
         self._name = _Name("", 0, 0, "")
         self.name = ""
         self._password = settings.password
-        self._clock = clock
+        self.clock = clock
         self._client, self._listener = _client(settings.url), _client(settings.url)
         database = self._client.get_connection_kwargs().get("db") or 0
         self._channel = f"{_PREFIX}{database}:changes"  # channels belong to no database
@@ -147,6 +149,7 @@ class RedisState:
         self._turn = threading.Condition()
         self._orders: deque[_Order] = deque()
         self._joined = False
+        self._losses = 0  # of the server
         self._problem: str | None = "not reached yet"
         self._doubted_until = 0.0
 
@@ -155,11 +158,14 @@ class RedisState:
     def share(self, upstreams: Sequence[Sharing]) -> None:
         """See `State`."""
         circuits: dict[str, _Circuit] = {}
+        left = dict(self._circuits)
         for upstream in upstreams:
-            circuit = self._circuits.get(upstream.id) or _Circuit(self, upstream)
+            circuit = left.pop(upstream.id, None) or _Circuit(self, upstream)
             circuits[upstream.id] = circuit
             circuit.belong_to(upstream)
         self._circuits = circuits
+        for circuit in left.values():
+            circuit.be_left()
 
     def start(self, server: str, answers: Answers) -> None:
         """See `State`."""
@@ -238,7 +244,7 @@ class RedisState:
     @property
     def is_doubted(self) -> bool:
         """Whether somebody has just waited in vain: nobody else is to."""
-        return self._clock() < self._doubted_until
+        return self.clock() < self._doubted_until
 
     def wait(self, answer: "Future[Any]", limit: float) -> Any:
         """The answer. Raises `TimeoutError` after `limit` seconds, at once while there is doubt."""
@@ -246,7 +252,7 @@ class RedisState:
             return answer.result(0 if self.is_doubted else limit)
         except TimeoutError:
             if not self.is_doubted:
-                self._doubted_until = self._clock() + DOUBT
+                self._doubted_until = self.clock() + DOUBT
             raise
 
     def _replies(self, *commands: tuple[Any, ...], limit: float = 0.0) -> list[Any] | None:
@@ -294,6 +300,7 @@ class RedisState:
 
     def _leave(self, error: Exception | None) -> None:
         """Out of reach: from now on everybody goes by the own view."""
+        self._losses += 1
         with self._turn:
             self._joined = False
             orders, self._orders = self._orders, deque()
@@ -357,15 +364,29 @@ class RedisState:
                 options = {"ignore_subscribe_messages": True}
                 with self._listener.pubsub(**options) as subscription:  # type: ignore[no-untyped-call]
                     subscription.subscribe(self._channel)
-                    while not self._stopped.is_set():
-                        message = subscription.get_message(timeout=_LISTEN)
-                        if message is not None:
-                            self._heard(message["data"])
+                    self._listen_to(subscription)
             except (redis.RedisError, OSError):
                 self._stopped.wait(LOOK)  # the other thread says why
             except Exception:
                 logs.exception("bug", thread="state")
                 self._stopped.wait(LOOK)
+
+    def _listen_to(self, subscription: Any) -> None:
+        """As long as there is somebody: a connection that was cut off without a word is only silent."""
+        losses = self._losses
+        heard = asked = time.monotonic()
+        while losses == self._losses and not self._stopped.is_set():
+            message = subscription.get_message(timeout=_LISTEN)
+            now = time.monotonic()
+            if message is not None:
+                heard = now
+                if message["type"] == "message":
+                    self._heard(message["data"])
+            elif now > heard + 2 * _PING:
+                return
+            elif now > max(heard, asked) + _PING:
+                asked = now
+                subscription.ping()
 
     def _heard(self, data: str) -> None:
         try:
@@ -393,9 +414,10 @@ class _Circuit:
         self._pending = 0
         self._version = 0
         self._trial = ""  # this process's own
-        # What was done while the server was out of reach, and is true for all.
-        self._closed_alone = False
-        self._drained_alone: bool | None = None
+        self._held = ("", 0.0)  # leave for one that nobody waited for any longer, and until when it is good
+        # What was done by hand and the server may not have heard of, though it is true for all.
+        self._is_closed = False
+        self._is_drained: bool | None = None
 
     def belong_to(self, upstream: Sharing) -> None:
         """From now on it is this one's; an upstream that was taken out by hand is back in after a reload."""
@@ -404,31 +426,40 @@ class _Circuit:
         if old.draining and not upstream.draining:
             self.drain(False)
 
+    def be_left(self) -> None:
+        """The upstream is none of this process's any more; where it comes back it is in use."""
+        if self._upstream.draining:
+            self.drain(False)
+
     # --- See `Shared` ---
 
     def may_try(self, permit: Permit) -> bool:
         """See `Shared`. By the own view where the server is out of reach."""
-        token = self._state.token()
-        if not self._is_granted(token):
+        token = self._leave()
+        if token is None:
             self._upstream.breaker.defer(permit, _AGAIN)
             return False
         with self._lock:
-            self._trial = token
+            self._trial, self._held = token, ("", 0.0)
         return True
 
-    def _is_granted(self, token: str) -> bool:
+    def _leave(self) -> str | None:
+        """The token of a trial that may be made; leave that came too late for one request is for the next."""
+        token, ends = self._held
+        if token and self._state.clock() < ends:
+            return token
         if self._state.is_doubted:
-            return False
-        answer: Future[_Seen | None] = Future()
+            return None
+        token, answer = self._state.token(), Future[_Seen | None]()
         if not self._send("trial", token, _ms(LEASE), answer=answer):
-            return True
+            return token
         try:
             seen = self._state.wait(answer, LEAVE_WAIT)
         except TimeoutError:
             if answer.cancel():
-                return False
+                return None
             seen = answer.result()
-        return seen is None or bool(seen.granted)
+        return token if seen is None or seen.granted else None
 
     def tell(self, change: Change, permit: Permit | None = None) -> None:
         """See `Shared`."""
@@ -436,9 +467,9 @@ class _Circuit:
         with self._lock:
             trial = self._trial
             if permit is None or permit.kind is Pass.TRIAL:
-                self._trial = ""
+                self._trial, self._held = "", ("", 0.0)
         if change.state == "closed":
-            self._closed_alone |= not self._send("closed")
+            self._close()
         elif change.state == "resting":
             self._send("resting", trial, _ms(change.seconds))
         elif change.state == "recovered":
@@ -455,21 +486,32 @@ class _Circuit:
 
     def drain(self, draining: bool) -> None:
         """See `Shared`."""
-        if not self._send("drained", int(draining)):
-            self._drained_alone = draining
+
+        def lost() -> None:
+            self._is_drained = draining
+
+        self._send("drained", int(draining), lost=lost)
+
+    def _close(self) -> None:
+        def lost() -> None:
+            self._is_closed = True
+
+        self._send("closed", lost=lost)
 
     # --- For the state's own threads ---
 
     def rejoin(self) -> None:
-        """The server is in reach again: what it says counts, but for what was done here meanwhile."""
+        """The server is in reach again: what it says counts, but for what was done here by hand."""
         with self._lock:
             self._version = 0
-        if self._closed_alone:
-            self._closed_alone = False
-            self._send("closed")
-        if self._drained_alone is not None:
-            draining, self._drained_alone = self._drained_alone, None
-            self._send("drained", int(draining))
+        is_closed, self._is_closed = self._is_closed, False
+        is_drained, self._is_drained = self._is_drained, None
+        if is_closed or is_drained is not None:
+            self._restore()  # first of all, lest an empty server hears how it was from another process
+        if is_closed:
+            self._close()
+        if is_drained is not None:
+            self.drain(is_drained)
 
     def looked(self, seen: _Seen) -> None:
         """What the look at the whole found."""
@@ -482,28 +524,44 @@ class _Circuit:
             if trial:
                 self._send("renewed", trial, _ms(LEASE))
             return
-        view, draining = self._upstream.breaker.view(), self._upstream.draining
-        if view == View() and not draining:
-            return
+        if self._upstream.draining or self._upstream.breaker.view() != View():
+            self._restore()
+
+    def _restore(self) -> None:
+        """Tell a server that was restarted empty; any other knows better."""
+        view = self._upstream.breaker.view()
         open_for = -1 if view.open_for is None else _ms(view.open_for)
-        self._send("restored", view.failures, open_for, _ms(view.rest_for), int(draining))
+        self._send("restored", view.failures, open_for, _ms(view.rest_for), int(self._upstream.draining))
 
     def heard(self, seen: _Seen) -> None:
         """What another process, or this one, made of it."""
         self._follow(seen)
 
-    def _send(self, what: str, *figures: Any, answer: "Future[_Seen | None] | None" = None) -> bool:
-        """Tell a change; `answer` gets what became of it, None if that cannot be known."""
+    def _send(
+        self,
+        what: str,
+        *figures: Any,
+        answer: "Future[_Seen | None] | None" = None,
+        lost: Callable[[], None] = lambda: None,
+    ) -> bool:
+        """Tell a change, False where the server is out of reach.
+
+        `answer` gets what became of it, None if that cannot be known; `lost` is called if it may not have
+        been heard.
+        """
 
         def done(replies: list[Any]) -> None:
             seen = msgspec.convert(replies[0][0], _Seen)
+            if seen.granted:
+                self._held = (figures[0], self._state.clock() + LEASE / 2)
             self._follow(seen, is_answer=True)
-            if answer is not None and not _settle(answer, seen) and seen.granted:
-                self._send("returned", figures[0])  # nobody waited for it any longer
+            if answer is not None:
+                _settle(answer, seen)
 
         def dropped() -> None:
             with self._lock:
                 self._pending -= 1
+            lost()
             if answer is not None:
                 _settle(answer, None)
 
@@ -513,6 +571,7 @@ class _Circuit:
             return True
         with self._lock:
             self._pending -= 1
+        lost()
         return False
 
     def _follow(self, seen: _Seen, is_answer: bool = False) -> None:
@@ -523,7 +582,7 @@ class _Circuit:
             if self._pending or seen.version < self._version + (not is_answer) or not seen.version:
                 return
             self._version = seen.version
-            change = upstream.breaker.follow(seen.view(self._trial))
+            change = upstream.breaker.follow(seen.view(self._trial, self._held[0]))
             was_draining, upstream.draining = upstream.draining, bool(seen.drained)
         if change is not None:
             logs.circuit(upstream.name, change.state, change.seconds, by="another process")
@@ -539,7 +598,7 @@ def _client(url: str) -> "redis.Redis":
         url,
         socket_timeout=SILENCE,
         socket_connect_timeout=SILENCE,
-        health_check_interval=10,
+        health_check_interval=0,  # of a subscription it would not notice that nobody answers
         retry=Retry(NoBackoff(), 0),
         protocol=2,
         decode_responses=True,
@@ -547,16 +606,15 @@ def _client(url: str) -> "redis.Redis":
     )
 
 
-def _settle(answer: "Future[_Seen | None]", seen: _Seen | None) -> bool:
-    """Give the answer; False where nobody waits for it any longer."""
-    if not answer.set_running_or_notify_cancel():
-        return False
-    answer.set_result(seen)
-    return True
+def _settle(answer: "Future[_Seen | None]", seen: _Seen | None) -> None:
+    """Give the answer to whoever still waits for it."""
+    if answer.set_running_or_notify_cancel():
+        answer.set_result(seen)
 
 
-def _owner_key(message_id: str) -> str:
-    return f"{_PREFIX}owner:{message_id[:_LONGEST_ID]}"
+def _owner_key(message_id: str) -> bytes:
+    """Whatever an upstream or a client calls a message: also half a surrogate pair."""
+    return f"{_PREFIX}owner:{message_id[:_LONGEST_ID]}".encode(errors="backslashreplace")
 
 
 def _ms(seconds: float) -> int:
