@@ -295,6 +295,27 @@ def test_an_upstream_that_was_drained_and_taken_out_of_the_file_comes_back_in_us
     assert not back.draining
 
 
+def test_a_shorter_cooldown_holds_for_all(process):
+    a, b = process(), process()
+    a.fail(3)
+    await_that(lambda: state_of(b) == "open")
+    a.breaker.configure(3, 5.0)
+    a.state.share([Upstream(a.settings, a.breaker)])
+    await_that(lambda: b.breaker.circuit().seconds <= 5.0)
+    a.clock.now += 5.0
+    a.told()
+    a.state._look()
+    assert a.breaker.circuit().seconds <= 5.0
+
+
+def test_who_starts_knows_of_open_circuits_before_its_first_request(process, monkeypatch):
+    a = process()
+    a.fail(3)
+    a.told()
+    monkeypatch.setattr(redis_state, "PATIENCE", 3.0)
+    assert state_of(process(wait=False)) == "open"
+
+
 def test_another_account_of_the_same_name_is_another_upstream(process):
     a, b = process(), process(token="sk-test-another")
     a.fail(3)
@@ -430,6 +451,7 @@ class Cable:
         self._server = port
         self._ends = []
         self._frozen = []
+        self.delay = 0.0  # seconds, of each answer
         self.port = free_port()
         self.mend()
 
@@ -454,12 +476,14 @@ class Cable:
                 near, _ = listener.accept()
                 far = socket.create_connection((HOST, self._server))
                 self._ends += [near, far]
-                for ends in ((near, far), (far, near)):
-                    threading.Thread(target=self._carry, args=ends, daemon=True).start()
+                threading.Thread(target=self._carry, args=(near, far), daemon=True).start()
+                threading.Thread(target=self._carry, args=(far, near, True), daemon=True).start()
 
-    def _carry(self, source, target):
+    def _carry(self, source, target, is_answer=False):
         with contextlib.suppress(OSError):
             while data := source.recv(65536):
+                if is_answer:
+                    threading.Event().wait(self.delay)
                 if target not in self._frozen:
                     target.sendall(data)
 
@@ -473,6 +497,39 @@ def cable(server):
 
 def away(one):
     return not one.state.put(redis_state._Order([("PING",)]))
+
+
+def test_what_a_request_waits_for_is_together_less_than_a_tenth_of_a_second(process, cable):
+    one = process(f"redis://{HOST}:{cable.port}/0")
+    one.breaker.configure(100, COOLDOWN)
+    cable.delay = 0.015  # each answer comes in time
+    began = time.monotonic()
+    one.fail(8)
+    assert 0.03 < time.monotonic() - began < 0.1
+    assert not one.state.is_doubted
+
+
+@pytest.mark.parametrize(
+    ("rights", "word"), [(["&*", "-subscribe"], "subscribe"), (["resetchannels"], "channel")]
+)
+def test_who_may_not_hear_of_others_says_so_and_looks(capsys, process, server, rights, word):
+    server.do("ACL", "SETUSER", "half", "on", ">sk-test-half", "~aiproxy:*", "+@all", *rights)
+    try:
+        a, b = process(f"redis://half:sk-test-half@{HOST}:{server.port}/0"), process()
+        b.fail(3)
+        await_that(lambda: state_of(a) == "open")
+        await_that(lambda: a.state.ask("status").problem is not None)
+        assert word in a.state.ask("status").problem
+        a.breaker.close()
+        a.upstream.shared.tell(Change("closed"))
+        await_that(lambda: state_of(b) == "closed")
+        assert not away(a)
+        out = capsys.readouterr().out
+        assert out.count("result=deaf") == 1
+        assert "result=away" not in out
+        assert "sk-test-half" not in out
+    finally:
+        server.do("ACL", "DELUSER", "half")
 
 
 def test_a_circuit_that_was_closed_in_isolation_is_closed_for_all(process, cable):
@@ -537,6 +594,7 @@ def test_who_hears_nothing_because_its_connection_died_in_silence_listens_anew(p
 
 def test_a_connection_that_has_nothing_to_say_is_kept(process, server, monkeypatch):
     monkeypatch.setattr(redis_state, "_PING", 0.1)
+    monkeypatch.setattr(redis_state, "_LISTEN", 0.02)
     a, b = (process(answers={"status": lambda: b"{}"}) for _ in "ab")
     for one in (a, b):  # so both listen
         await_that(lambda one=one: b"{}" in one.state.ask("status").answers.values())
@@ -655,6 +713,10 @@ def test_a_unix_socket_and_tls_with_an_own_authority(process, tmp_path):
         secure.fail(3)
         await_that(lambda: state_of(local) == "open", limit=1.0)
         secure.state.stop()
+        # redis-py would leave a TLS connection half open that it tried again when the server had gone.
+        for thread in threading.enumerate():
+            if thread.name == "state, listening":
+                thread.join(0.6)
 
 
 def test_databases_are_apart(process, server):

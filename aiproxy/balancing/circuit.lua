@@ -2,7 +2,7 @@
 -- that circuit is now. Times are milliseconds, and by this server's clock alone: others hear how long is left.
 --
 -- look:      KEYS  each circuit's hash, last the sorted set of workers by when they looked;  ARGV  'look', worker
--- a change:  KEYS  the hash;  ARGV  what happened, its two to four figures, the upstream's id, the channel
+-- a change:  KEYS  the hash;  ARGV  what happened, its figures, the upstream's id, the channel
 --
 -- Answers are views: version (0: nothing is known), failures, is_open, open_for, rest_for, drained, trial,
 -- trial_for, granted. A version is larger than all before it, so that of two views one is known for the later.
@@ -114,6 +114,14 @@ function happened.trial(circuit, token, lease)
   return free, free
 end
 
+-- The cooldown has become shorter, perhaps.
+function happened.limited(circuit, cooldown)
+  local latest = now + cooldown
+  local changed = circuit.open > latest or circuit.rest > latest
+  circuit.open, circuit.rest = math.min(circuit.open, latest), math.min(circuit.rest, latest)
+  return changed
+end
+
 function happened.renewed(circuit, token, lease)
   if circuit.trial == token then
     redis.call('HSET', KEYS[1], 'lease', now + lease)
@@ -148,5 +156,6 @@ for _, field in ipairs(FIELDS) do
   redis.call('HSET', KEYS[1], field, circuit[field])
 end
 redis.call('PEXPIRE', KEYS[1], FORGOTTEN)
-redis.call('PUBLISH', ARGV[#ARGV], cjson.encode({ id = ARGV[#ARGV - 1], view = view(circuit) }))
+-- Who may not publish here is understood a second later all the same.
+redis.pcall('PUBLISH', ARGV[#ARGV], cjson.encode({ id = ARGV[#ARGV - 1], view = view(circuit) }))
 return { view(circuit, granted) }

@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import logging
 import os
+import re
 import secrets
 import threading
 import time
@@ -36,10 +37,11 @@ LOOK = 1.0
 SILENCE = 0.5
 #: Seconds that a trial may run without a word of its process, which looks more often.
 LEASE = 5.0
-#: Seconds that a request waits for the count of failures, and for leave to make a trial or a thread's owner:
-#: together less than a tenth of a second.
+#: Seconds that a request waits for the count of failures, and for leave to make a trial or a thread's owner.
 COUNT_WAIT, LEAVE_WAIT = 0.02, 0.04
-#: Seconds without waiting for the server, after it let somebody wait in vain.
+#: Seconds that it waits in all: less than a tenth.
+PATIENCE = 0.08
+#: Seconds without waiting for the server, after it let somebody wait for leave in vain.
 DOUBT = 1.0
 #: Seconds until a process that may not make its trial asks again.
 _AGAIN = 0.1
@@ -152,6 +154,10 @@ class RedisState:
         self._losses = 0  # of the server
         self._problem: str | None = "not reached yet"
         self._doubted_until = 0.0
+        self._waited = threading.local()  # since when and for how long this thread has waited
+        self._looked = 0.0
+        self._is_known = threading.Event()  # how circuits are, or that nobody can say
+        self._deaf: str | None = None  # why nothing is heard of others
 
     # --- For the service ---
 
@@ -166,6 +172,9 @@ class RedisState:
         self._circuits = circuits
         for circuit in left.values():
             circuit.be_left()
+        with self._turn:
+            self._looked = 0.0  # a new one may have failed elsewhere
+            self._turn.notify()
 
     def start(self, server: str, answers: Answers) -> None:
         """See `State`."""
@@ -175,6 +184,7 @@ class RedisState:
         self._talking = threading.Thread(target=self._talk, name="state", daemon=True)
         self._talking.start()
         threading.Thread(target=self._listen, name="state, listening", daemon=True).start()
+        self._is_known.wait(PATIENCE)  # requests that come now are to know of open circuits
 
     def stop(self) -> None:
         """See `State`."""
@@ -206,7 +216,8 @@ class RedisState:
             others = {name: others[name] for name in last.values()}
         others.pop(self.name, None)
         answers = self._asked(question, list(others)) if others else {}
-        return Heard({str(each): answers.get(name, "").encode() for name, each in others.items()})
+        heard = {str(each): answers.get(name, "").encode() for name, each in others.items()}
+        return Heard(heard, problem=self._deaf)
 
     def _asked(self, question: str, others: list[str]) -> dict[str, str]:
         """The answers by who gave them."""
@@ -247,13 +258,20 @@ class RedisState:
         return self.clock() < self._doubted_until
 
     def wait(self, answer: "Future[Any]", limit: float) -> Any:
-        """The answer. Raises `TimeoutError` after `limit` seconds, at once while there is doubt."""
+        """The answer. Raises `TimeoutError` after `limit` seconds, or where the request has waited enough."""
+        began = self.clock()
+        since, waited = getattr(self._waited, "by", (began, 0.0))
+        if began - since > DOUBT:  # another request, or a long one
+            since, waited = began, 0.0
+        patience = 0.0 if self.is_doubted else min(limit, PATIENCE - waited)
         try:
-            return answer.result(0 if self.is_doubted else limit)
+            return answer.result(max(0.0, patience))
         except TimeoutError:
-            if not self.is_doubted:
+            if patience >= LEAVE_WAIT:
                 self._doubted_until = self.clock() + DOUBT
             raise
+        finally:
+            self._waited.by = since, waited + self.clock() - began
 
     def _replies(self, *commands: tuple[Any, ...], limit: float = 0.0) -> list[Any] | None:
         """The server's, None where they do not come in time; a request's `limit` is in seconds."""
@@ -267,16 +285,12 @@ class RedisState:
     # --- The thread that talks ---
 
     def _talk(self) -> None:
-        looked = 0.0
         while not self._stopped.is_set():
             try:
                 if not self._joined:
                     self._join()
-                    looked = time.monotonic()
-                orders = self._taken(looked + LOOK - time.monotonic())
-                self._carry_out(orders)
-                if time.monotonic() >= looked + LOOK:
-                    looked = time.monotonic()
+                self._carry_out(self._taken())
+                if time.monotonic() >= self._looked + LOOK:
                     self._look()
             except (redis.RedisError, OSError) as error:
                 self._leave(error)
@@ -285,7 +299,7 @@ class RedisState:
                 self._leave(None)
         with contextlib.suppress(redis.RedisError, OSError):
             if self._joined:
-                self._carry_out([*self._taken(0), _Order([("ZREM", _WORKERS, self.name)])])
+                self._carry_out([*self._taken(waits=False), _Order([("ZREM", _WORKERS, self.name)])])
             self._client.close()
 
     def _join(self) -> None:
@@ -295,19 +309,20 @@ class RedisState:
         for circuit in list(self._circuits.values()):
             circuit.rejoin()
         self._look()
+        self._is_known.set()
         self._problem = None
         logs.line(logging.INFO, "state", result="joined")
 
     def _leave(self, error: Exception | None) -> None:
         """Out of reach: from now on everybody goes by the own view."""
         self._losses += 1
+        self._is_known.set()
         with self._turn:
             self._joined = False
             orders, self._orders = self._orders, deque()
         for order in orders:
             order.dropped()
-        reason = " ".join(str(error or "bug").split())[:200]
-        reason = reason.replace(self._password, "...") if self._password else reason
+        reason = self._reason(error)
         if self._problem is None or self._problem == "not reached yet":
             told = "each process goes on by itself"
             logs.line(logging.WARNING, "state", result="away", reason=reason, text=told)
@@ -315,10 +330,19 @@ class RedisState:
         self._client.connection_pool.disconnect()
         self._stopped.wait(LOOK)
 
-    def _taken(self, seconds: float) -> list[_Order]:
-        """What is to be sent; waits for it for so long."""
+    def _reason(self, error: Exception | None) -> str:
+        """In the server's words, without its password."""
+        reason = " ".join(str(error or "bug").split())[:200]
+        password = re.escape(self._password or "")
+        return re.sub(rf"(?<!\w){password}(?!\w)", "...", reason) if password else reason
+
+    def _taken(self, waits: bool = True) -> list[_Order]:
+        """What is to be sent; waits for it until the next look is due."""
         with self._turn:
-            if not self._orders and seconds > 0 and not self._stopped.is_set():
+            while waits and not self._orders and not self._stopped.is_set():
+                seconds = self._looked + LOOK - time.monotonic()
+                if seconds <= 0:
+                    break
                 self._turn.wait(seconds)
             taken = list(self._orders)
             self._orders.clear()
@@ -339,7 +363,9 @@ class RedisState:
             while left:
                 answers = [next(replies) for _ in left[0].commands]
                 errors = [each for each in answers if isinstance(each, Exception)]
-                failed = failed or next(iter(errors), None)
+                # What this user may not do is no reason to leave: the rest may be allowed.
+                grave = (each for each in errors if not isinstance(each, redis.exceptions.NoPermissionError))
+                failed = failed or next(grave, None)
                 order = left.popleft()
                 order.dropped() if errors else order.done(answers)
             if failed is not None:
@@ -350,6 +376,7 @@ class RedisState:
 
     def _look(self) -> None:
         """How is everything? The net for what was not heard, and the sign that this process is there."""
+        self._looked = time.monotonic()
         circuits = list(self._circuits.values())
         keys = [circuit.key for circuit in circuits]
         found = self._client.evalsha(self._sha, len(keys) + 1, *keys, _WORKERS, "look", self.name)
@@ -359,17 +386,29 @@ class RedisState:
     # --- The thread that listens ---
 
     def _listen(self) -> None:
+        refused = 0  # in a row
         while not self._stopped.is_set():
+            began = time.monotonic()
             try:
                 options = {"ignore_subscribe_messages": True}
                 with self._listener.pubsub(**options) as subscription:  # type: ignore[no-untyped-call]
                     subscription.subscribe(self._channel)
                     self._listen_to(subscription)
-            except (redis.RedisError, OSError):
-                self._stopped.wait(LOOK)  # the other thread says why
+            except (redis.RedisError, OSError) as error:
+                refused = refused + 1 if time.monotonic() < began + LOOK else 1
+                if refused > 1:  # the other thread has noticed by now, if the server is gone
+                    self._be_deaf(self._reason(error))
+                self._stopped.wait(LOOK)
             except Exception:
                 logs.exception("bug", thread="state")
                 self._stopped.wait(LOOK)
+
+    def _be_deaf(self, reason: str) -> None:
+        """Say so once, where the server is in reach all the same; otherwise the other thread says why."""
+        if self._joined and self._deaf is None:
+            self._deaf = reason
+            told = "changes by other processes arrive a second late, and status and metrics lack them"
+            logs.line(logging.WARNING, "state", result="deaf", reason=reason, text=told)
 
     def _listen_to(self, subscription: Any) -> None:
         """As long as there is somebody: a connection that was cut off without a word is only silent."""
@@ -379,7 +418,7 @@ class RedisState:
             message = subscription.get_message(timeout=_LISTEN)
             now = time.monotonic()
             if message is not None:
-                heard = now
+                heard, self._deaf = now, None
                 if message["type"] == "message":
                     self._heard(message["data"])
             elif now > heard + 2 * _PING:
@@ -425,6 +464,8 @@ class _Circuit:
         upstream.shared = self
         if old.draining and not upstream.draining:
             self.drain(False)
+        if upstream.breaker.view() != View():
+            self._send("limited", _ms(upstream.breaker.cooldown))
 
     def be_left(self) -> None:
         """The upstream is none of this process's any more; where it comes back it is in use."""
@@ -448,8 +489,6 @@ class _Circuit:
         token, ends = self._held
         if token and self._state.clock() < ends:
             return token
-        if self._state.is_doubted:
-            return None
         token, answer = self._state.token(), Future[_Seen | None]()
         if not self._send("trial", token, _ms(LEASE), answer=answer):
             return token
