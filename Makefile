@@ -28,9 +28,9 @@ test: .venv/installed-dev tests/typescript/installed
 
 # The TypeScript SDK, where there is Node; its tests are skipped elsewhere.
 tests/typescript/installed: tests/typescript/package-lock.json
-	@if command -v npm >/dev/null; then npm ci --silent --no-audit --no-fund --prefix tests/typescript; \
-	  else echo "npm is missing: the tests of the TypeScript SDK will be skipped"; fi
-	@touch $@
+	@if command -v npm >/dev/null; then \
+	  npm ci --silent --no-audit --no-fund --prefix tests/typescript && touch $@; \
+	else echo "npm is missing: the tests of the TypeScript SDK will be skipped"; fi
 
 # Compares aiproxy with nginx and with the peers that are installed; bench/README.md tells more.
 bench: .venv/installed bench/.venv/installed
@@ -52,4 +52,4 @@ bench-peers:
 
 clean:
 	rm -rf .venv tests/typescript/node_modules tests/typescript/installed
-	rm -rf bench/.venv bench/.build bench/peers/.venv bench/peers/node_modules
+	rm -rf .mypy_cache .pytest_cache .ruff_cache bench/.venv bench/.build bench/peers/.venv bench/peers/node_modules

@@ -1,6 +1,5 @@
 """`create_app`: the WSGI application, and the service that is behind it."""
 
-import importlib
 import logging
 import time
 from collections.abc import Callable
@@ -40,9 +39,9 @@ def _state(config: Config) -> State:
     if config.state is None:
         return Alone()
     try:
-        state: State = importlib.import_module("aiproxy.balancing.redis_state").RedisState(config.state)
+        from .balancing.redis_state import RedisState  # noqa: PLC0415
     except ImportError as error:
         logs.configure(config.logging)
         logs.line(logging.ERROR, "state", result="away", reason=f"{error}: pip install -r requirements.txt")
         return Alone()
-    return state
+    return RedisState(config.state)

@@ -4,9 +4,6 @@ Whether another upstream is tried, what it costs the one that failed, and which 
 the client is told when all fail. No code here does anything.
 """
 
-import math
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from enum import Enum, IntEnum
 
 import msgspec
@@ -22,7 +19,6 @@ class Fault(Enum):
     ERROR = "error"  # an error answer: an HTTP status of 400 or more, or an error in a 200
     CLIENT_LEFT = "client_left"
     RESTART = "restart"  # this process ends
-    BUG = "bug"
 
 
 class Charge(Enum):
@@ -31,7 +27,7 @@ class Charge(Enum):
     NOTHING = "uncounted"
     FAILURE = "counted"
     REST = "rests"  # it said when to come back: it rests until then, and nothing is counted
-    IF_ANOTHER_ANSWERS = "counted if another upstream answers"
+    IF_ANOTHER_ANSWERS = "undecided"  # counted if another upstream then answers the request
 
 
 class Rank(IntEnum):
@@ -61,7 +57,6 @@ _FAULTS = {
     Fault.NO_ANSWER: Rule(next_upstream=True, charge=Charge.FAILURE),
     Fault.CLIENT_LEFT: Rule(next_upstream=False, charge=Charge.NOTHING),
     Fault.RESTART: Rule(next_upstream=False, charge=Charge.NOTHING),
-    Fault.BUG: Rule(next_upstream=False, charge=Charge.NOTHING),
 }
 
 _ABOUT_THE_REQUEST = Rule(next_upstream=True, charge=Charge.IF_ANOTHER_ANSWERS, rank=Rank.REQUEST)
@@ -80,7 +75,6 @@ _STATUSES = {
 #: Statuses whose `retry-after` is taken at its word.
 _RESTING = frozenset({429, 503, 529})
 
-
 #: The 404 of an account that does not hold the thread: the client then sends the whole conversation.
 THREAD_NOT_FOUND = Rule(next_upstream=False, charge=Charge.NOTHING, rank=Rank.REQUEST)
 
@@ -90,32 +84,13 @@ def rule_for(
 ) -> Rule:
     """The row for a failure; `status` goes with `Fault.ERROR`, `retry_after` is in seconds.
 
-    `is_bound`: the request names something that only one account has (a container, a file, a thread), so
-    that no other account can do better at a 4xx.
+    `is_bound`: the request names something that only one account has (a container, a file, a thread, a
+    workspace), so that no other account can do better at a 4xx.
     """
     if fault is not Fault.ERROR:
         return _FAULTS[fault]
-    if status is None or status >= 500:
-        return _RESTS if status in _RESTING and retry_after is not None else _MAY_RETRY
     rests = status in _RESTING and retry_after is not None
+    if status is None or status >= 500:
+        return _RESTS if rests else _MAY_RETRY
     rule = _RESTS if rests else _STATUSES.get(status, _ABOUT_THE_REQUEST)
     return msgspec.structs.replace(rule, next_upstream=False) if is_bound else rule
-
-
-def seconds_of(retry_after: str | None, now: datetime | None = None) -> float | None:
-    """The seconds a `retry-after` header asks for: a number or an HTTP date (RFC 9110 section 10.2.3).
-
-    Never negative; None where there is none or it makes no sense.
-    """
-    if retry_after is None:
-        return None
-    try:
-        seconds = float(retry_after)
-    except ValueError:
-        try:
-            date = parsedate_to_datetime(retry_after)
-        except (ValueError, OverflowError):
-            return None
-        date = date if date.tzinfo else date.replace(tzinfo=UTC)
-        seconds = (date - (now or datetime.now(UTC))).total_seconds()
-    return None if math.isnan(seconds) else max(0.0, seconds)

@@ -85,7 +85,7 @@ def test_a_tiny_run_measures_aiproxy():
     found = measure(target, TINY)
     for row in results.ROWS:
         assert found[row.figure] > 0, row.title
-    assert found["deltas_percent"] > 50
+    assert found["deltas_percent"] > 0
     assert found["unfinished"] == 0
 
 

@@ -1,8 +1,10 @@
 """What crosses the proxy, each way."""
 
+from datetime import UTC, datetime
+
 import pytest
 
-from aiproxy.messages.headers import media_type, to_client, to_upstream
+from aiproxy.messages.headers import media_type, seconds_of, to_client, to_upstream
 
 CREDENTIAL = ("x-api-key", "sk-test-upstream")
 
@@ -96,3 +98,22 @@ def test_headers_that_the_upstream_s_connection_names_stay_here():
 def test_the_media_type_is_told_without_its_parameters():
     assert media_type([("Content-Type", "Text/Event-Stream; charset=utf-8")]) == "text/event-stream"
     assert media_type([]) == ""
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        ("20", 20.0),
+        ("1.5", 1.5),
+        ("0", 0.0),
+        ("-3", 0.0),
+        ("Sun, 22 Nov 2026 12:01:00 GMT", 60.0),
+        ("Sun, 22 Nov 2026 11:00:00 GMT", 0.0),
+        ("soon", None),
+        ("nan", None),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_retry_after_is_seconds_or_an_http_date(value, seconds):
+    assert seconds_of(value, datetime(2026, 11, 22, 12, 0, 0, tzinfo=UTC)) == seconds

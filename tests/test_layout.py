@@ -27,12 +27,21 @@ def there_are():
 
 
 def imported(module, modules):
-    """Which of the modules this one imports."""
+    """Which of the modules this one imports; a package stands for the last of its modules."""
+    last = {each.rpartition(".")[0]: each for each in modules} | {each: each for each in modules}
     tree = ast.parse((ROOT / module.replace(".", "/")).with_suffix(".py").read_text())
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            base = ".".join([*module.split(".")[: -node.level], *filter(None, [node.module])])
-            yield from {base, *(f"{base}.{each.name}" for each in node.names)} & set(modules)
+        if isinstance(node, ast.ImportFrom):
+            base = ".".join([*module.split(".")[: -node.level], node.module or ""]).rstrip(".")
+            base = base if node.level else node.module
+            names = [f"{base}.{each.name}" for each in node.names]
+            known = [each for each in names if each in last]
+            found = known if len(known) == len(names) else [*known, base]
+        elif isinstance(node, ast.Import):
+            found = [each.name for each in node.names]
+        else:
+            found = [node.value] if isinstance(node, ast.Constant) and isinstance(node.value, str) else []
+        yield from (last[each] for each in found if each in last and each != "aiproxy")
 
 
 def test_every_module_is_listed_once():

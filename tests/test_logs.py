@@ -224,7 +224,7 @@ def test_an_error_that_all_gave_is_the_request_s_end(upstream, log):
     first, second = upstream(error(529)), upstream(error(400, headers=[("request-id", "req_of_b")]))
     response = in_process(first, second).post("/v1/messages", json=ask())
     _, busy, refused, done = log()
-    assert (busy["verdict"], refused["verdict"]) == ("counted", "counted if another upstream answers")
+    assert (busy["verdict"], refused["verdict"]) == ("counted", "undecided")
     assert done.level == "WARNING"
     assert (done["outcome"], done["status"], done["upstream"]) == ("error", "400", "b")
     assert done["bytes"] == str(len(response.data))

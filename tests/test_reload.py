@@ -10,8 +10,8 @@ import trustme
 import yaml
 from fakes import RawClient, error, events, message_events
 
-from aiproxy.balancing.upstream import MESSAGES
 from aiproxy.config import ConfigError, load
+from aiproxy.messages import MESSAGES
 from aiproxy.serving.reload import Follower, LastGood, changes, start
 
 ASK = {"model": "claude-x", "messages": [{"role": "user", "content": "Hi"}]}

@@ -208,7 +208,7 @@ def test_a_fault_that_only_the_worker_meets_ends_the_start_too(tmp_path):
 # ------------------------------------------------------------------------------------------- settings
 
 
-def test_gunicorn_s_settings_are_the_house_s(example):
+def test_gunicorn_s_settings_are_those_of_its_file(example):
     found = settings(AIPROXY_CONFIG=example)
     port = re.search(r"listen: (\d+)", Path(example).read_text())[1]
     assert found["bind"] == f"['127.0.0.1:{port}']"

@@ -9,9 +9,6 @@ from ..messages.headers import Pairs
 from .breaker import Breaker
 from .state import Shared, Unshared
 
-#: Where `base_url` ends and the API begins: `base_url` is what ANTHROPIC_BASE_URL would be.
-MESSAGES = "/v1/messages"
-
 #: The settings that make an upstream another one; a new key may end what kept the old one failing.
 _ACCOUNT = ("name", "base_url", "token", "auth", "headers", "proxy", "ca_bundle")
 
@@ -23,7 +20,7 @@ class Upstream:
         self.settings = settings
         self.breaker = breaker
         self.name = settings.name
-        self.weight = max(1, settings.weight)
+        self.weight = settings.weight
         #: The processes that have the same upstream.
         self.shared: Shared = Unshared()
         #: Taken out by hand: no new requests, not even as the last resort.

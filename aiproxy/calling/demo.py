@@ -17,6 +17,7 @@ import urllib3
 from requests.adapters import HTTPAdapter
 
 from ..errors import error_body
+from ..messages import MESSAGES
 from ..messages.body import members, text
 from ..messages.sse import encode
 
@@ -38,7 +39,7 @@ class DemoAdapter(HTTPAdapter):
         asked = members(bytes(request.body or b"{}"))  # type: ignore[arg-type]
         model = text(asked.get("model", b"")) or ""
         address = urlsplit(request.url or "")
-        if address.path != "/v1/messages":
+        if address.path != MESSAGES:
             status, content_type = 404, "application/json"
             pieces = [error_body("not_found_error", "The demo upstreams have messages only.", request_id)]
         elif address.hostname == "overloaded":

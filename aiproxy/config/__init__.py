@@ -13,7 +13,6 @@ from .settings import (
     Timeouts,
     UpstreamSettings,
     check_addresses,
-    is_loopback,
     path_from,
 )
 
@@ -29,7 +28,6 @@ __all__ = [
     "UpstreamSettings",
     "check_addresses",
     "content_of",
-    "is_loopback",
     "load",
     "path_from",
 ]

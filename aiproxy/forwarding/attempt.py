@@ -14,18 +14,17 @@ import msgspec
 
 from ..balancing.balancer import Choice
 from ..balancing.breaker import Outcome, Pass
-from ..balancing.upstream import MESSAGES
 from ..calling.connection import Outgoing
 from ..calling.transport import Call, CallFailed, Transport
 from ..calling.watch import Deadline, Reason, Scope, Watcher
 from ..config import Timeouts
 from ..errors import STATUS_OF_TYPE
-from ..messages import sse
+from ..messages import MESSAGES, sse
 from ..messages.body import Body, members, text
 from ..messages.collect import Collector, Malformed
-from ..messages.headers import Pairs, media_type, to_client, to_upstream, value_of
+from ..messages.headers import Pairs, media_type, seconds_of, to_client, to_upstream, value_of
 from ..messages.report import Report
-from ..policy import Fault, seconds_of
+from ..policy import Fault
 from ..telemetry import logs
 from .relay import AFTER_STOP, Relay
 

@@ -6,8 +6,8 @@ One place tells all three, so that they never disagree. It judges nothing.
 import logging
 import time
 
-from ..balancing.upstream import MESSAGES
 from ..errors import ApiError
+from ..messages import MESSAGES
 from ..messages.report import Report
 from ..policy import Charge, Fault, Rule
 from ..telemetry.history import History
@@ -17,7 +17,7 @@ from .attempt import Attempt, Failure, Request, error_of
 from .relay import End
 
 #: Failures that say nothing of the upstream.
-_NOT_ITS_FAULT = (Fault.CLIENT_LEFT, Fault.RESTART, Fault.BUG)
+_NOT_ITS_FAULT = (Fault.CLIENT_LEFT, Fault.RESTART)
 _BROKEN = {
     "broken": "broke off in the middle:",
     "silent": "fell silent in the middle:",

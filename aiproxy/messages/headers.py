@@ -4,8 +4,11 @@ Names are lower case throughout. Everything crosses that is not listed here, unk
 headers included: no allowlist, so that what the API adds tomorrow passes today.
 """
 
+import math
 import re
 from collections.abc import Iterable
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 
 Pairs = list[tuple[str, str]]
 
@@ -77,3 +80,22 @@ def _named_by_connection(pairs: Pairs) -> frozenset[str]:
     """The headers that `Connection` makes hop-by-hop."""
     named = ",".join(value for name, value in pairs if name == "connection").lower()
     return frozenset(name.strip() for name in named.split(","))
+
+
+def seconds_of(retry_after: str | None, now: datetime | None = None) -> float | None:
+    """The seconds a `retry-after` header asks for: a number or an HTTP date (RFC 9110 section 10.2.3).
+
+    Never negative; None where there is none or it makes no sense.
+    """
+    if retry_after is None:
+        return None
+    try:
+        seconds = float(retry_after)
+    except ValueError:
+        try:
+            date = parsedate_to_datetime(retry_after)
+        except (ValueError, OverflowError):
+            return None
+        date = date if date.tzinfo else date.replace(tzinfo=UTC)
+        seconds = (date - (now or datetime.now(UTC))).total_seconds()
+    return None if math.isnan(seconds) else max(0.0, seconds)

@@ -6,6 +6,7 @@ Answered outside the gate for requests in flight, so that a busy proxy can still
 import base64
 import binascii
 import hmac
+import logging
 from urllib.parse import parse_qs
 
 import flask
@@ -112,7 +113,7 @@ def _check_origin() -> None:
     """
     own_origin = f"{flask.request.scheme}://{flask.request.host}"
     if flask.request.headers.get("origin") != own_origin:
-        logs.line(30, "refused", path="/status", reason="the form is not this page's")
+        logs.line(logging.WARNING, "refused", path="/status", reason="the form is not this page's")
         raise ApiError(
             403,
             "permission_error",

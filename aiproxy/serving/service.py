@@ -29,12 +29,12 @@ from ..config import Config, UpstreamSettings, check_addresses
 from ..forwarding.attempt import Tools
 from ..forwarding.forwarder import Forwarder
 from ..forwarding.journal import Journal
-from ..messages.models import Models
 from ..telemetry import logs
 from ..telemetry.history import History
 from ..telemetry.metrics import Metrics, exposition_of
 from .gate import SPARE, Gate
 from .keys import Keys
+from .models import Models
 from .reload import Follower, LastGood, Start, changes
 from .status import Status, Stock, put_together, rows
 
@@ -247,13 +247,14 @@ class Service:
         balancer = Balancer(upstreams, cursor)
         journal = Journal(_redactor(config), self.metrics, self.history)
         self.history.keep(settings.name for settings in enabled)
-        self.metrics.know_models(Models(enabled).names)
+        models = Models(enabled)
+        self.metrics.know_models(models.names)
         tools = Tools(self._transport, self._watcher, config.timeouts, journal.redactor)
         return Doors(
             config=config,
             balancer=balancer,
             forwarder=Forwarder(balancer, tools, self._owners, config.affinity, journal),
-            models=Models(enabled),
+            models=models,
             keys=Keys({each.name: each.key for each in config.api_keys}),
             journal=journal,
             gate=self._gate,

@@ -96,7 +96,7 @@ class Upload:
         """The next bytes to throw away, none at the end or when the client is gone or too slow."""
         try:
             return self._read(_DROPPED, DROP_SECONDS)
-        except Exception:  # as above; the answer may still reach the client
+        except Exception:  # gunicorn has many, as in `_piece`; the answer may still reach the client
             self._spoilt = True
             return b""
 

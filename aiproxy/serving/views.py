@@ -15,14 +15,13 @@ import flask
 import msgspec
 from werkzeug.exceptions import HTTPException
 
-from ..balancing.upstream import MESSAGES
 from ..calling.watch import Client, Scope
 from ..errors import ApiError, new_request_id, status_line
 from ..forwarding.attempt import Request
 from ..forwarding.course import Reply
 from ..forwarding.forwarder import Cut
 from ..forwarding.relay import Relay
-from ..messages import body
+from ..messages import MESSAGES, body
 from ..messages.headers import Pairs
 from ..telemetry import logs
 from .gate import Slot

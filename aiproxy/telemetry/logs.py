@@ -49,8 +49,6 @@ _PLAIN = re.compile(r"[A-Za-z0-9_.~-]+")
 _BARE = re.compile(r"[A-Za-z0-9_./:@+-]+")
 # What a terminal or a log viewer may take for a line's end or for a command.
 _UNSAFE = re.compile(r"[\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
-
-
 _CONTROL = re.compile(rf"[\x00-\x1f]|{_UNSAFE.pattern}")
 
 
