@@ -1,11 +1,11 @@
 """gunicorn's settings for aiproxy. The command line and GUNICORN_CMD_ARGS win over this file."""
 
-from aiproxy.serving.master import Master
+from aiproxy.server.master import Master
 
 _master = Master()
 
 bind = _master.config.address
-worker_class = "aiproxy.serving.worker.Worker"  # gthread's, which stops without losing a request
+worker_class = "aiproxy.server.worker.Worker"  # gthread's, which stops without losing a request
 workers = _master.config.workers
 threads = 256  # one a request in flight, streams included
 worker_connections = 2048  # kept-alive connections wait without a thread
@@ -13,7 +13,7 @@ timeout = 60  # seconds without a sign of life of the worker's main thread; no b
 graceful_timeout = 600  # a running stream may end
 keepalive = 75  # longer than nginx's 60 and the SDKs' 5, so that they close first
 control_socket_disable = True
-logger_class = "aiproxy.serving.master.ServerLog"
+logger_class = "aiproxy.server.master.ServerLog"
 accesslog = None  # aiproxy's own lines say more: upstream, attempts, tokens, how a stream ended
 
 on_starting = _master.on_starting

@@ -5,7 +5,7 @@ import sys
 
 from aiproxy.app import create_app
 from aiproxy.config import ConfigError, path_from
-from aiproxy.serving.reload import LastGood, start
+from aiproxy.server.reload import LastGood, start
 
 path = path_from(os.environ)
 last_good = LastGood.of(os.environ)

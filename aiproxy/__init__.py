@@ -1,3 +1,21 @@
-"""aiproxy: a self-hosted proxy for the Anthropic Messages API."""
+"""aiproxy: a self-hosted proxy for the Anthropic Messages API.
+
+The words of this package:
+
+upstream            a service that speaks the Messages API, with its account
+client, client key  who asks, and the key that names them
+exchange            one client request and everything that is done for it
+attempt             one request to one upstream
+failover            the next attempt, after one that brought no valid answer
+commit point        from here on the client sees this attempt's answer; there is no failover any more
+circuit breaker     closed, open, half-open; after `cooldown` one trial decides
+permit              permission to make one attempt; settled once, with success, failure or ignored
+backoff             an upstream, or one of its models, is not asked until a given time
+last resort         an upstream in backoff or with an open circuit, asked because nothing else is left
+drain               an upstream gets no new requests, by hand
+affinity            a conversation prefers the upstream that holds its prompt cache
+runtime             everything that is built from one version of the configuration
+shared state        what workers and machines know in common
+"""
 
 __version__ = "1.0.0"

@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 import flask
 
-from .balancing.state import Alone, State
 from .config import Config
-from .serving.console import create_console
-from .serving.service import Service
-from .serving.views import create_blueprint
-from .telemetry import logs
-from .telemetry.metrics import Metrics
+from .observability import logs
+from .observability.metrics import Metrics
+from .server.console import create_console
+from .server.service import Service
+from .server.views import create_blueprint
+from .upstreams.state import Alone, State
 
 
 def create_app(
@@ -39,7 +39,7 @@ def _state(config: Config) -> State:
     if config.state is None:
         return Alone()
     try:
-        from .balancing.redis_state import RedisState  # noqa: PLC0415
+        from .upstreams.redis_state import RedisState  # noqa: PLC0415
     except ImportError as error:
         logs.configure(config.logging)
         logs.line(logging.ERROR, "state", result="away", reason=f"{error}: pip install -r requirements.txt")

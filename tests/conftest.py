@@ -226,7 +226,7 @@ def close_apps(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def watcher() -> Any:
     """A watcher of its own."""
-    from aiproxy.calling.watch import Watcher
+    from aiproxy.transport.watch import Watcher
 
     return Watcher(patience=60)
 
@@ -234,7 +234,7 @@ def watcher() -> Any:
 @pytest.fixture
 def transport(watcher: Any) -> Iterator[Any]:
     """A transport of its own."""
-    from aiproxy.calling.transport import Transport
+    from aiproxy.transport.transport import Transport
 
     one = Transport(watcher, 30.0)
     yield one
@@ -244,7 +244,7 @@ def transport(watcher: Any) -> Iterator[Any]:
 @pytest.fixture
 def impatient(watcher: Any) -> Iterator[Any]:
     """A transport whose connect timeout is short."""
-    from aiproxy.calling.transport import Transport
+    from aiproxy.transport.transport import Transport
 
     one = Transport(watcher, 0.15)
     yield one

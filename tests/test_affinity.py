@@ -15,13 +15,13 @@ import pytest
 import urllib3
 from fakes import Clock, error, message_json
 
+from aiproxy.api import body
 from aiproxy.app import create_app
-from aiproxy.balancing.affinity import key_of, rank
-from aiproxy.balancing.breaker import Breaker
-from aiproxy.balancing.upstream import Upstream
-from aiproxy.calling.connection import Adapter
 from aiproxy.config import ClientKey, Config, LoggingSettings, UpstreamSettings
-from aiproxy.messages import body
+from aiproxy.transport.connection import Adapter
+from aiproxy.upstreams.affinity import key_of, rank
+from aiproxy.upstreams.breaker import Breaker
+from aiproxy.upstreams.upstream import Upstream
 
 SESSION = "6f9f2a4e-1c1b-4f0e-9d55-0a3f8f6f7a11"
 OTHER = "b7c1d2e3-aaaa-4bbb-8ccc-1234567890ab"
@@ -423,9 +423,9 @@ def test_equal_weights_of_any_size_are_the_same():
 def test_the_ranking_is_the_same_in_every_process():
     script = (
         "import sys; sys.path.insert(0, '.')\n"
-        "from aiproxy.balancing.affinity import rank\n"
+        "from aiproxy.upstreams.affinity import rank\n"
         "from aiproxy.config import UpstreamSettings\n"
-        "from aiproxy.balancing.upstream import Upstream\n"
+        "from aiproxy.upstreams.upstream import Upstream\n"
         f"made = [Upstream(UpstreamSettings(n, '', weight=w), None) for n, w in {WEIGHTS}.items()]\n"
         f"print([[one.name for one in rank(made, session)] for session in {sessions(100)}])"
     )

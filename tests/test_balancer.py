@@ -7,10 +7,10 @@ from collections import Counter
 import pytest
 from fakes import Clock
 
-from aiproxy.balancing.balancer import Balancer
-from aiproxy.balancing.breaker import Breaker, Outcome, Pass
-from aiproxy.balancing.upstream import Upstream
 from aiproxy.config import UpstreamSettings
+from aiproxy.upstreams.balancer import Balancer
+from aiproxy.upstreams.breaker import Breaker, Outcome, Pass
+from aiproxy.upstreams.upstream import Upstream
 
 
 def upstream(name, weight=1, available=(), mappings=None, clock=None):

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from aiproxy.api import body
 from aiproxy.errors import ApiError
-from aiproxy.messages import body
 
 
 def test_an_unspliced_body_is_the_very_same_bytes():

@@ -3,7 +3,7 @@
 import pytest
 from fakes import Clock
 
-from aiproxy.balancing.breaker import Breaker, Change, Outcome, Pass
+from aiproxy.upstreams.breaker import Breaker, Change, Outcome, Pass
 
 
 @pytest.fixture

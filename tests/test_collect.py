@@ -10,8 +10,8 @@ import httpx2
 import pytest
 from anthropic.lib.streaming import _beta_messages, _messages
 
-from aiproxy.messages.collect import Collector, Malformed
-from aiproxy.messages.sse import Event
+from aiproxy.api.collect import Collector, Malformed
+from aiproxy.api.sse import Event
 
 USAGE = {
     "input_tokens": 25,

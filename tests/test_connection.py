@@ -6,8 +6,8 @@ import threading
 import pytest
 from fakes import HOST, LOOPBACK_CERT, answer, early_refusal, loopback_tls, message_json, raw, whole
 
-from aiproxy.calling.transport import CallFailed, Outgoing
 from aiproxy.policy import Fault
+from aiproxy.transport.transport import CallFailed, Outgoing
 
 MESSAGE = message_json()
 BODY = b'{"model":"claude-x"}'
@@ -36,7 +36,7 @@ def reached(monkeypatch):
 
     def at(upstream):
         place = (socket.AF_INET, socket.SOCK_STREAM, 6, "", (HOST, upstream.port))
-        monkeypatch.setattr("aiproxy.calling.resolver.Resolver.resolve", lambda *_: [place])
+        monkeypatch.setattr("aiproxy.transport.resolver.Resolver.resolve", lambda *_: [place])
         return upstream
 
     return at

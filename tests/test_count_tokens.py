@@ -9,8 +9,8 @@ import urllib3
 from fakes import Clock, answer, close_now, dead_port, error, message_json, whole
 
 from aiproxy.app import create_app
-from aiproxy.calling.connection import Adapter
 from aiproxy.config import Config, LoggingSettings, UpstreamSettings
+from aiproxy.transport.connection import Adapter
 
 PATH = "/v1/messages/count_tokens"
 COUNT = b'{ "input_tokens" : 14, "new":1.10}'

@@ -9,11 +9,11 @@ import requests
 from anthropic.types import Message
 from conftest import ROOT
 
+from aiproxy.api.collect import Collector
+from aiproxy.api.sse import Framer, parse
 from aiproxy.app import create_app
-from aiproxy.calling import demo
 from aiproxy.config import Config, UpstreamSettings
-from aiproxy.messages.collect import Collector
-from aiproxy.messages.sse import Framer, parse
+from aiproxy.transport import demo
 
 ASK = {"model": "claude-opus-4-8", "max_tokens": 100, "messages": [{"role": "user", "content": "Hi"}]}
 OURS = ("id",)  # made anew for each answer

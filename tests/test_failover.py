@@ -48,11 +48,11 @@ from fakes import (
 from werkzeug.test import create_environ
 
 from aiproxy.app import create_app
-from aiproxy.balancing.breaker import Breaker
-from aiproxy.calling import connection
-from aiproxy.calling.transport import Transport
 from aiproxy.config import BreakerSettings, Config, Timeouts, UpstreamSettings
-from aiproxy.serving import service
+from aiproxy.server import service
+from aiproxy.transport import connection
+from aiproxy.transport.transport import Transport
+from aiproxy.upstreams.breaker import Breaker
 
 MB = 1024 * 1024
 QUESTION = {"model": "claude-x", "max_tokens": 8, "messages": [{"role": "user", "content": "Hi"}]}
@@ -1323,7 +1323,7 @@ def test_an_error_that_is_compressed_is_told_in_clear(upstream, proxy):
 def test_a_bug_of_ours_is_a_500_that_no_upstream_is_charged_for(upstream, proxy, monkeypatch, stream):
     a, b = upstream(), upstream()
     one = proxy(a, b)
-    monkeypatch.setattr("aiproxy.forwarding.attempt.to_client", lambda *_: 1 / 0)
+    monkeypatch.setattr("aiproxy.proxy.attempt.to_client", lambda *_: 1 / 0)
     given = one.ask(stream)
     assert (given.status, given.json()["error"]["type"]) == (500, "api_error")
     assert seen(a, b) == [1, 0]
@@ -1338,7 +1338,7 @@ def test_a_bug_of_ours_gives_a_trial_back(upstream, proxy, clock, monkeypatch):
     one.ask()
     clock.now += 60
     with monkeypatch.context() as broken:
-        broken.setattr("aiproxy.forwarding.attempt.members", lambda *_: 1 / 0)
+        broken.setattr("aiproxy.proxy.attempt.members", lambda *_: 1 / 0)
         assert one.ask().status == 500
     assert one.breakers["a"].kinds == ["ordinary", "trial"]
     assert one.ask().status == 200
@@ -1347,7 +1347,7 @@ def test_a_bug_of_ours_gives_a_trial_back(upstream, proxy, clock, monkeypatch):
 def test_a_bug_of_ours_after_a_refusal_charges_nobody(upstream, proxy, monkeypatch):
     one = proxy(upstream(error(400)), upstream())
     with monkeypatch.context() as broken:
-        broken.setattr("aiproxy.forwarding.attempt.Attempt._whole", lambda *_: 1 / 0)
+        broken.setattr("aiproxy.proxy.attempt.Attempt._whole", lambda *_: 1 / 0)
         assert one.ask().status == 500
     assert one.outcomes() == [["undecided"], ["undecided"]]
 

@@ -7,8 +7,8 @@ import pytest
 
 from aiproxy.app import create_app
 from aiproxy.config import Config, UpstreamSettings
-from aiproxy.serving.gate import SPARE, Gate
-from aiproxy.serving.service import DEFAULT_THREADS
+from aiproxy.server.gate import SPARE, Gate
+from aiproxy.server.service import DEFAULT_THREADS
 
 
 def gate_of(limit):

@@ -4,7 +4,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from aiproxy.messages.headers import media_type, seconds_of, to_client, to_upstream
+from aiproxy.api.headers import media_type, seconds_of, to_client, to_upstream
 
 CREDENTIAL = ("x-api-key", "sk-test-upstream")
 

@@ -5,8 +5,8 @@ import threading
 import pytest
 from fakes import Clock
 
-from aiproxy.messages.report import Report
-from aiproxy.telemetry.history import FAILURES, MINUTES, History
+from aiproxy.api.report import Report
+from aiproxy.observability.history import FAILURES, MINUTES, History
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from fakes import HOST, RawClient, free_port
 
 from aiproxy.app import create_app
 from aiproxy.config import Config, LoggingSettings, UpstreamSettings
-from aiproxy.telemetry import logs
+from aiproxy.observability import logs
 
 ASK = {"model": "claude-x", "max_tokens": 16, "messages": [{"role": "user", "content": "Hi"}]}
 COMPLAINT = "cannot write the log: "
@@ -164,7 +164,7 @@ def test_a_directory_that_vanishes_is_told_once_a_minute_and_may_come_back(
     log_to, tmp_path, capsys, monkeypatch
 ):
     now = [1000.0]
-    monkeypatch.setattr("aiproxy.telemetry.logs.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("aiproxy.observability.logs.time.monotonic", lambda: now[0])
     (tmp_path / "logs").mkdir()
     file = log_to("logs/aiproxy.log")
     say(1)
@@ -270,7 +270,7 @@ def test_while_other_threads_log_the_place_and_the_form_may_change(log_to, tmp_p
 
 WRITER = """
 import logging, sys
-from aiproxy.telemetry import logs
+from aiproxy.observability import logs
 from aiproxy.config import LoggingSettings
 logs.configure(LoggingSettings(file=sys.argv[1]))
 first, each = int(sys.argv[2]), int(sys.argv[3])

@@ -37,7 +37,7 @@ from fakes import (
 
 from aiproxy.app import create_app
 from aiproxy.config import BreakerSettings, Config, LoggingSettings, UpstreamSettings
-from aiproxy.telemetry import logs
+from aiproxy.observability import logs
 
 TOKEN = "Tk7/upstream+token=of&a<that>nobody-may-see"  # in no usual form, and full of what JSON may escape
 KEY = "client_key_that_nobody_else_may_see"
@@ -339,12 +339,12 @@ def test_a_bug_is_told_with_the_request_s_id_and_where_it_is(monkeypatch, capsys
     def bug(*args, **kwargs):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("aiproxy.forwarding.attempt.to_upstream", bug)
+    monkeypatch.setattr("aiproxy.proxy.attempt.to_upstream", bug)
     response = in_process("demo://answers").post("/v1/messages", json=ask())
     out = capsys.readouterr().out
     assert re.search(rf"^\S+ ERROR bug id={response.json['request_id']}$", out, re.MULTILINE)
     assert "ZeroDivisionError" in out
-    assert "aiproxy/forwarding/attempt.py" in out
+    assert "aiproxy/proxy/attempt.py" in out
 
 
 # ------------------------------------------------------------------------------------------- settings
@@ -569,7 +569,7 @@ def test_a_bug_s_own_text_cannot_forge_a_line(monkeypatch, capsys):
     def bug(*args, **kwargs):
         raise ValueError(f"about this prompt:\n{FORGED}\r{FORGED}\x1b[2J")
 
-    monkeypatch.setattr("aiproxy.forwarding.attempt.to_upstream", bug)
+    monkeypatch.setattr("aiproxy.proxy.attempt.to_upstream", bug)
     in_process("demo://answers").post("/v1/messages", json=ask())
     out = capsys.readouterr().out
     assert "about this prompt" in out
@@ -1060,7 +1060,7 @@ def test_in_json_a_bug_is_one_line(monkeypatch, objects):
     def bug(*args, **kwargs):
         raise ValueError(f"about this prompt:\n{FORGED}\r{FORGED}\x1b[2J")
 
-    monkeypatch.setattr("aiproxy.forwarding.attempt.to_upstream", bug)
+    monkeypatch.setattr("aiproxy.proxy.attempt.to_upstream", bug)
     response = in_process("demo://answers", logging=JSON).post("/v1/messages", json=ask())
     (line,) = [line for line in objects() if line["event"] == "bug"]
     assert (line["id"], line["level"]) == (response.json["request_id"], "ERROR")

@@ -15,8 +15,8 @@ import yaml
 from fakes import RawClient
 from prometheus_client.parser import text_string_to_metric_families
 
-from aiproxy.messages.report import Report
-from aiproxy.telemetry.metrics import STRANGERS, Metrics, process_ended
+from aiproxy.api.report import Report
+from aiproxy.observability.metrics import STRANGERS, Metrics, process_ended
 
 ROOT = Path(__file__).parent.parent
 ODD = ['say "hi"', "two\nlines", "back\\slash", "back\\nslash", "cr\rlf", "{a=b},", "ünï 漢", " ", "nul\0"]
@@ -282,8 +282,8 @@ def test_the_end_of_a_process_that_shares_nothing_is_no_matter(monkeypatch):
 
 WORKER = """
 import os, sys
-from aiproxy.telemetry.metrics import Metrics, process_ended
-from aiproxy.messages.report import Report
+from aiproxy.observability.metrics import Metrics, process_ended
+from aiproxy.api.report import Report
 metrics = Metrics(os.environ["PROMETHEUS_MULTIPROC_DIR"])
 print(None, flush=True)
 for line in sys.stdin:

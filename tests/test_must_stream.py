@@ -330,7 +330,7 @@ def test_a_stream_over_64_mb_is_a_fault(upstream, proxy):
 def test_a_bug_of_ours_is_a_500_that_nobody_is_charged_for(upstream, proxy, monkeypatch):
     a, b = upstream(), upstream()
     one = proxy(a, b)
-    monkeypatch.setattr("aiproxy.forwarding.attempt.Collector.feed", lambda *_: 1 / 0)
+    monkeypatch.setattr("aiproxy.proxy.attempt.Collector.feed", lambda *_: 1 / 0)
     given = one.ask()
     assert (given.status, given.json()["error"]["type"]) == (500, "api_error")
     assert one.outcomes() == [["undecided"], []]
@@ -424,7 +424,7 @@ def test_the_connection_is_used_again_where_the_end_comes_a_little_later(upstrea
 def test_what_follows_message_stop_holds_nobody_and_is_no_failure(
     upstream, proxy, monkeypatch, framing, then
 ):
-    monkeypatch.setattr("aiproxy.forwarding.attempt.AFTER_STOP", 0.1)
+    monkeypatch.setattr("aiproxy.proxy.attempt.AFTER_STOP", 0.1)
     a = upstream(events(EVENTS, framing, then=then))
     one = proxy(a)
     began = time.monotonic()
@@ -436,7 +436,7 @@ def test_what_follows_message_stop_holds_nobody_and_is_no_failure(
 
 
 def test_an_endless_trickle_after_message_stop_holds_nobody(upstream, proxy, monkeypatch):
-    monkeypatch.setattr("aiproxy.forwarding.attempt.AFTER_STOP", 0.1)
+    monkeypatch.setattr("aiproxy.proxy.attempt.AFTER_STOP", 0.1)
     a = upstream(events([*EVENTS, *[PING] * 500], gap=0.02))
     one = proxy(a)
     began = time.monotonic()

@@ -1,7 +1,7 @@
 """Overload: one request too many is told so at once, and a place in flight is given back on every path.
 
 One gunicorn with a single place in flight serves most tests: whatever loses the place fails the test itself.
-Its `aiproxy.serving.upload` waits for tenths of seconds where the real one waits for half a minute.
+Its `aiproxy.server.upload` waits for tenths of seconds where the real one waits for half a minute.
 """
 
 import itertools
@@ -46,18 +46,18 @@ BEGUN = message_events(["one ", "two ", "three"])[:4]
 
 # The proxy as it is, but in a hurry, and with a model that meets a bug of ours.
 HURRY = f"""
-import aiproxy.serving.upload
+import aiproxy.server.upload
 
-aiproxy.serving.upload.SILENCE = {SILENCE}
-aiproxy.serving.upload.DROP_SECONDS = {DROP_SECONDS}
+aiproxy.server.upload.SILENCE = {SILENCE}
+aiproxy.server.upload.DROP_SECONDS = {DROP_SECONDS}
 
 import os
 
-import aiproxy.forwarding.forwarder
+import aiproxy.proxy.forwarder
 from aiproxy.app import create_app
 from aiproxy.config import load, path_from
 
-forward = aiproxy.forwarding.forwarder.Forwarder.forward
+forward = aiproxy.proxy.forwarder.Forwarder.forward
 
 
 def with_a_bug(self, request, cut):
@@ -66,7 +66,7 @@ def with_a_bug(self, request, cut):
     return forward(self, request, cut)
 
 
-aiproxy.forwarding.forwarder.Forwarder.forward = with_a_bug
+aiproxy.proxy.forwarder.Forwarder.forward = with_a_bug
 app = create_app(load(path_from(os.environ)))
 """
 

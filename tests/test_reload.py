@@ -10,9 +10,9 @@ import trustme
 import yaml
 from fakes import RawClient, error, events, message_events
 
+from aiproxy.api import MESSAGES
 from aiproxy.config import ConfigError, load
-from aiproxy.messages import MESSAGES
-from aiproxy.serving.reload import Follower, LastGood, changes, start
+from aiproxy.server.reload import Follower, LastGood, changes, start
 
 ASK = {"model": "claude-x", "messages": [{"role": "user", "content": "Hi"}]}
 SPOKEN = message_events(["one", "two"])

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from aiproxy.messages.body import members
-from aiproxy.messages.report import Report
+from aiproxy.api.body import members
+from aiproxy.api.report import Report
 
 ALL = {
     "input_tokens": 11,

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from aiproxy.calling import resolver
-from aiproxy.calling.resolver import Resolver
+from aiproxy.transport import resolver
+from aiproxy.transport.resolver import Resolver
 
 FOUND = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("192.0.2.7", 443))]
 

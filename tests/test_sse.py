@@ -6,8 +6,8 @@ from itertools import pairwise
 
 import pytest
 
-from aiproxy.messages import sse
-from aiproxy.messages.sse import Event, EventTooLarge, Framer, encode, parse
+from aiproxy.api import sse
+from aiproxy.api.sse import Event, EventTooLarge, Framer, encode, parse
 
 LINE_ENDS = (b"\n", b"\r\n", b"\r")
 

@@ -212,7 +212,7 @@ def test_gunicorn_s_settings_are_those_of_its_file(example):
     found = settings(AIPROXY_CONFIG=example)
     port = re.search(r"listen: (\d+)", Path(example).read_text())[1]
     assert found["bind"] == f"['127.0.0.1:{port}']"
-    assert found["worker_class"] == "aiproxy.serving.worker.Worker"
+    assert found["worker_class"] == "aiproxy.server.worker.Worker"
     assert found["workers"] == "1"
     assert found["threads"] == "256"
     assert found["graceful_timeout"] == "600"
@@ -229,7 +229,7 @@ def test_the_command_line_and_its_environment_win(example):
     assert found["bind"] == "['127.0.0.1:1']"
     assert found["graceful_timeout"] == "9"
     assert found["keepalive"] == "3"
-    assert found["worker_class"] == "aiproxy.serving.worker.Worker"
+    assert found["worker_class"] == "aiproxy.server.worker.Worker"
 
 
 def test_another_bind_address_is_served_and_told(serve):

@@ -15,12 +15,12 @@ from fakes import HOST, Clock, free_port
 from redis_server import RedisServer, needs_redis
 
 from aiproxy.app import create_app
-from aiproxy.balancing import redis_state
-from aiproxy.balancing.breaker import Breaker, Change, Outcome, Pass
-from aiproxy.balancing.redis_state import RedisState
-from aiproxy.balancing.upstream import Upstream
 from aiproxy.config import Config, LoggingSettings, StateUrl, UpstreamSettings
-from aiproxy.telemetry import logs
+from aiproxy.observability import logs
+from aiproxy.upstreams import redis_state
+from aiproxy.upstreams.breaker import Breaker, Change, Outcome, Pass
+from aiproxy.upstreams.redis_state import RedisState
+from aiproxy.upstreams.upstream import Upstream
 
 pytestmark = needs_redis
 COOLDOWN = 30.0
@@ -730,7 +730,7 @@ def test_databases_are_apart(process, server):
 
 def test_without_the_package_the_log_says_what_to_install_and_the_process_serves(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "redis", None)
-    monkeypatch.delitem(sys.modules, "aiproxy.balancing.redis_state")
+    monkeypatch.delitem(sys.modules, "aiproxy.upstreams.redis_state")
     one = UpstreamSettings(name="a", base_url="demo://answers")
     app = create_app(Config(upstreams=(one,), state=StateUrl("redis://localhost/0")))
     assert "pip install -r requirements.txt" in capsys.readouterr().out

@@ -23,10 +23,10 @@ from fakes import (
 )
 
 from aiproxy.app import create_app
-from aiproxy.balancing import threads
-from aiproxy.balancing.state import Alone
-from aiproxy.balancing.threads import Owners
 from aiproxy.config import BreakerSettings, Config, UpstreamSettings
+from aiproxy.upstreams import threads
+from aiproxy.upstreams.state import Alone
+from aiproxy.upstreams.threads import Owners
 
 ROOT = Path(__file__).parent.parent
 HELLO = [{"role": "user", "content": "Hi"}]
@@ -426,7 +426,7 @@ def test_the_tool_runner_recovers_when_its_account_has_lost_the_thread(upstream,
 def test_the_tool_runner_recovers_when_the_proxy_has_forgotten_the_owner(
     upstream, serve, config_of, tmp_path
 ):
-    app = "import os\nimport aiproxy.balancing.threads\naiproxy.balancing.threads.LIFETIME = -1.0\n"
+    app = "import os\nimport aiproxy.upstreams.threads\naiproxy.balancing.threads.LIFETIME = -1.0\n"
     app += "from aiproxy.app import create_app\nfrom aiproxy.config import load, path_from\n"
     app += "app = create_app(load(path_from(os.environ)))\n"
     directory = tmp_path / "app"

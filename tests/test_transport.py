@@ -39,9 +39,9 @@ from fakes import (
     whole,
 )
 
-from aiproxy.calling.transport import CallFailed, Outgoing, Transport
-from aiproxy.calling.watch import Reason
 from aiproxy.policy import Fault
+from aiproxy.transport.transport import CallFailed, Outgoing, Transport
+from aiproxy.transport.watch import Reason
 
 MB = 1024 * 1024
 FRAMINGS = ["chunked", "length", "close"]
@@ -522,9 +522,9 @@ def test_several_addresses_share_the_connect_timeout_and_the_one_that_works_is_u
     a = upstream()
     with blackhole() as port:
         dead, good = ((socket.AF_INET, socket.SOCK_STREAM, 6, "", (HOST, n)) for n in (port, a.port))
-        monkeypatch.setattr("aiproxy.calling.resolver.Resolver.resolve", lambda *_: [dead, good])
+        monkeypatch.setattr("aiproxy.transport.resolver.Resolver.resolve", lambda *_: [dead, good])
         assert ask(impatient, "http://somewhere") == MESSAGE
-        monkeypatch.setattr("aiproxy.calling.resolver.Resolver.resolve", lambda *_: [dead] * 20)
+        monkeypatch.setattr("aiproxy.transport.resolver.Resolver.resolve", lambda *_: [dead] * 20)
         began = time.monotonic()
         assert failure(impatient, "http://elsewhere").fault is Fault.CONNECT
         assert 0.14 <= time.monotonic() - began < 2
@@ -538,7 +538,7 @@ def test_lookup_connect_and_handshake_share_the_connect_timeout(watcher, monkeyp
             select.select([], [], [], 0.3)
             return [address]
 
-        monkeypatch.setattr("aiproxy.calling.resolver.Resolver.resolve", slowly)
+        monkeypatch.setattr("aiproxy.transport.resolver.Resolver.resolve", slowly)
         transport = Transport(watcher, 0.4)
         began = time.monotonic()
         assert failure(transport, "https://somewhere").fault is Fault.CONNECT
@@ -554,7 +554,7 @@ def test_a_lookup_that_hangs_ends_at_the_connect_timeout(impatient, upstream, mo
         answered.wait(5)
         raise socket.gaierror(socket.EAI_AGAIN, "later")
 
-    monkeypatch.setattr("aiproxy.calling.resolver.socket.getaddrinfo", lookup)
+    monkeypatch.setattr("aiproxy.transport.resolver.socket.getaddrinfo", lookup)
     began = time.monotonic()
     aside = [Aside(failure, impatient, "http://slow.invalid") for _ in range(4)]
     assert [one.end().fault for one in aside] == [Fault.CONNECT] * 4
@@ -565,7 +565,7 @@ def test_a_lookup_that_hangs_ends_at_the_connect_timeout(impatient, upstream, mo
 
 def test_an_address_is_not_looked_up(impatient, upstream, monkeypatch):
     a = upstream()
-    monkeypatch.setattr("aiproxy.calling.resolver.Resolver._lookup", lambda *_: 1 / 0)
+    monkeypatch.setattr("aiproxy.transport.resolver.Resolver._lookup", lambda *_: 1 / 0)
     assert ask(impatient, a) == MESSAGE
 
 

@@ -16,10 +16,10 @@ from gunicorn.http import get_parser
 from gunicorn.http.errors import NoMoreData
 from gunicorn.http.wsgi import create
 
-from aiproxy.calling.watch import Watcher
 from aiproxy.errors import ApiError
-from aiproxy.serving import upload
-from aiproxy.serving.upload import Upload
+from aiproxy.server import upload
+from aiproxy.server.upload import Upload
+from aiproxy.transport.watch import Watcher
 
 MB = 1024 * 1024
 LIMIT = MB

@@ -21,7 +21,7 @@ from fakes import HOST, Ended, FakeUpstream, RawClient, error, events, free_port
 
 from aiproxy.app import create_app
 from aiproxy.config import BreakerSettings, Config, UpstreamSettings
-from aiproxy.serving import upload
+from aiproxy.server import upload
 
 MB = 1024 * 1024
 ASK = {"model": "claude-x", "max_tokens": 16, "messages": [{"role": "user", "content": "Hi"}]}
@@ -450,7 +450,7 @@ def test_a_bug_of_ours_is_a_500_without_details(monkeypatch, place):
     def bug(*args, **kwargs):
         raise KeyError("sk-secret /srv/aiproxy")
 
-    monkeypatch.setattr(f"aiproxy.serving.views.{place}", bug)
+    monkeypatch.setattr(f"aiproxy.server.views.{place}", bug)
     response = in_process("demo://answers").post("/v1/messages", json=ASK)
     assert response.status_code == 500
     assert response.json["error"]["type"] == "api_error"
@@ -463,10 +463,10 @@ def test_a_bug_of_ours_is_a_500_without_details(monkeypatch, place):
 @pytest.mark.parametrize(
     ("place", "meanwhile"),
     [
-        ("aiproxy.forwarding.attempt.to_upstream", whole(200, b"{}")),
-        ("aiproxy.forwarding.attempt._read", whole(200, b"{}")),
-        ("aiproxy.forwarding.course.rule_for", error(500)),
-        ("aiproxy.forwarding.forwarder.Attempt", whole(200, b"{}")),
+        ("aiproxy.proxy.attempt.to_upstream", whole(200, b"{}")),
+        ("aiproxy.proxy.attempt._read", whole(200, b"{}")),
+        ("aiproxy.proxy.course.rule_for", error(500)),
+        ("aiproxy.proxy.forwarder.Attempt", whole(200, b"{}")),
     ],
 )
 def test_a_bug_gives_the_permit_back(upstream, monkeypatch, capsys, place, meanwhile):
@@ -499,7 +499,7 @@ def test_a_bug_gives_the_place_in_flight_back(monkeypatch, place):
         raise ZeroDivisionError
 
     client = in_process("demo://answers", max_in_flight=1)
-    monkeypatch.setattr(f"aiproxy.serving.{place}", bug)
+    monkeypatch.setattr(f"aiproxy.server.{place}", bug)
     assert client.post("/v1/messages", json=ASK).status_code == 500
     assert client.post("/v1/messages", json=ASK).status_code == 200
 

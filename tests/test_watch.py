@@ -9,7 +9,7 @@ import weakref
 
 import pytest
 
-from aiproxy.calling.watch import Reason, Watcher
+from aiproxy.transport.watch import Reason, Watcher
 
 SOON = 0.05  # seconds
 TOLERANCE = 0.15  # of a busy machine
@@ -112,7 +112,7 @@ def test_deadlines_of_the_same_moment_all_fire(monkeypatch):
     calls = [Call() for _ in range(50)]
     now = time.monotonic()
     with monkeypatch.context() as frozen:
-        frozen.setattr("aiproxy.calling.watch.time.monotonic", lambda: now)
+        frozen.setattr("aiproxy.transport.watch.time.monotonic", lambda: now)
         for call in calls:
             watcher.deadline(call, SOON, Reason.TIMEOUT)
     assert all(call.aborted.wait(2) for call in calls)

@@ -40,10 +40,10 @@ from fakes import (
 )
 
 from aiproxy.app import create_app
-from aiproxy.calling.transport import CallFailed, Outgoing
-from aiproxy.calling.watch import Reason
 from aiproxy.config import Config, UpstreamSettings
 from aiproxy.policy import Fault
+from aiproxy.transport.transport import CallFailed, Outgoing
+from aiproxy.transport.watch import Reason
 
 MESSAGE = message_json()
 ASK = {"model": "claude-x", "max_tokens": 9, "messages": [{"role": "user", "content": "Hi"}]}
@@ -184,7 +184,7 @@ def test_an_upstream_gets_the_same_host_directly_and_through_a_tunnel(
     egress = upstream(tunnel_to(a.port))
     for port, proxy in ((a.port, None), (egress.port, "http://egress.test")):
         place = (socket.AF_INET, socket.SOCK_STREAM, 6, "", (HOST, port))
-        monkeypatch.setattr("aiproxy.calling.resolver.Resolver.resolve", lambda *_, place=place: [place])
+        monkeypatch.setattr("aiproxy.transport.resolver.Resolver.resolve", lambda *_, place=place: [place])
         assert ask(transport, url, proxy, str(tmp_path / "ca.pem")) == MESSAGE
     assert [request.every("host") for request in a.seen] == [[host]] * 2
 
@@ -409,7 +409,7 @@ def test_abort_ends_a_lookup_that_hangs(transport, monkeypatch):
         answered.wait(5)
         raise socket.gaierror(socket.EAI_AGAIN, "later")
 
-    monkeypatch.setattr("aiproxy.calling.resolver.socket.getaddrinfo", lookup)
+    monkeypatch.setattr("aiproxy.transport.resolver.socket.getaddrinfo", lookup)
     call = transport.call()
     threading.Thread(target=lambda: (asked.wait(5), call.abort(Reason.CLIENT_LEFT))).start()
     began = time.monotonic()

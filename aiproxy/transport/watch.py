@@ -20,7 +20,7 @@ from collections.abc import Callable
 from enum import Enum
 from typing import Protocol
 
-from ..telemetry import logs
+from ..observability import logs
 
 #: Seconds before a stopping worker's end at which the requests that are left are ended; half of its
 #: time where that is less.

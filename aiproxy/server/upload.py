@@ -9,8 +9,8 @@ import socket
 import time
 from typing import Any
 
-from ..calling.watch import Reason, Watcher
 from ..errors import ApiError
+from ..transport.watch import Reason, Watcher
 
 #: What is read and thrown away of a body that is refused, in bytes and seconds.
 DROP_BYTES = 256 * 1024 * 1024

@@ -12,20 +12,20 @@ from collections.abc import Iterator
 
 import msgspec
 
-from ..balancing.balancer import Choice
-from ..balancing.breaker import Outcome, Pass
-from ..calling.connection import Outgoing
-from ..calling.transport import Call, CallFailed, Transport
-from ..calling.watch import Deadline, Reason, Scope, Watcher
+from ..api import MESSAGES, sse
+from ..api.body import Body, members, text
+from ..api.collect import Collector, Malformed
+from ..api.headers import Pairs, media_type, seconds_of, to_client, to_upstream, value_of
+from ..api.report import Report
 from ..config import Timeouts
 from ..errors import STATUS_OF_TYPE
-from ..messages import MESSAGES, sse
-from ..messages.body import Body, members, text
-from ..messages.collect import Collector, Malformed
-from ..messages.headers import Pairs, media_type, seconds_of, to_client, to_upstream, value_of
-from ..messages.report import Report
+from ..observability import logs
 from ..policy import Fault
-from ..telemetry import logs
+from ..transport.connection import Outgoing
+from ..transport.transport import Call, CallFailed, Transport
+from ..transport.watch import Deadline, Reason, Scope, Watcher
+from ..upstreams.balancer import Choice
+from ..upstreams.breaker import Outcome, Pass
 from .relay import AFTER_STOP, Relay
 
 #: Bytes of a whole answer, of a collected stream, and of what is held before a stream's commit point.

@@ -6,13 +6,13 @@ One place tells all three, so that they never disagree. It judges nothing.
 import logging
 import time
 
+from ..api import MESSAGES
+from ..api.report import Report
 from ..errors import ApiError
-from ..messages import MESSAGES
-from ..messages.report import Report
+from ..observability.history import History
+from ..observability.logs import FIELD, Redactor
+from ..observability.metrics import Metrics
 from ..policy import Charge, Fault, Rule
-from ..telemetry.history import History
-from ..telemetry.logs import FIELD, Redactor
-from ..telemetry.metrics import Metrics
 from .attempt import Attempt, Failure, Request, error_of
 from .relay import End
 

@@ -4,13 +4,13 @@ from collections.abc import Callable
 
 import msgspec
 
-from ..balancing.breaker import Outcome
-from ..balancing.threads import Owners, continued_message, uses_thread
-from ..balancing.upstream import Upstream
-from ..calling.watch import Reason
+from ..api.headers import Pairs, value_of
 from ..errors import ApiError
-from ..messages.headers import Pairs, value_of
 from ..policy import THREAD_NOT_FOUND, TIMEOUTS_A_REQUEST, Charge, Fault, Rank, Rule, rule_for
+from ..transport.watch import Reason
+from ..upstreams.breaker import Outcome
+from ..upstreams.threads import Owners, continued_message, uses_thread
+from ..upstreams.upstream import Upstream
 from .attempt import Answer, Attempt, Failure, Request, error_of
 from .journal import Journal
 from .relay import End, Relay

@@ -26,7 +26,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from ..config import StateUrl
-from ..telemetry import logs
+from ..observability import logs
 from .breaker import Change, Pass, Permit, View
 from .state import Answers, Heard, Sharing
 from .threads import LIFETIME

@@ -21,7 +21,7 @@ from typing import Any
 from gunicorn.glogging import Logger
 
 from ..config import Config, ConfigError, check_addresses, path_from
-from ..telemetry import logs
+from ..observability import logs
 from .reload import LastGood, start
 
 #: prometheus-client's.
@@ -85,7 +85,7 @@ class Master:
     def child_exit(self, server: Any, worker: Any) -> None:
         """What a worker counted stays, its streams in flight do not."""
         if METRICS in os.environ:
-            importlib.import_module("aiproxy.telemetry.metrics").process_ended(worker.pid)
+            importlib.import_module("aiproxy.observability.metrics").process_ended(worker.pid)
 
     def _check(self, addresses: Iterable[Any]) -> None:
         try:

@@ -17,21 +17,21 @@ from urllib.parse import unquote, urlsplit
 import msgspec
 
 from .. import __version__
-from ..balancing.balancer import Balancer
-from ..balancing.breaker import Breaker, Change
-from ..balancing.state import State
-from ..balancing.threads import Owners
-from ..balancing.upstream import Upstream
-from ..calling.connection import credentials
-from ..calling.transport import Transport
-from ..calling.watch import Watcher
 from ..config import Config, UpstreamSettings, check_addresses
-from ..forwarding.attempt import Tools
-from ..forwarding.forwarder import Forwarder
-from ..forwarding.journal import Journal
-from ..telemetry import logs
-from ..telemetry.history import History
-from ..telemetry.metrics import Metrics, exposition_of
+from ..observability import logs
+from ..observability.history import History
+from ..observability.metrics import Metrics, exposition_of
+from ..proxy.attempt import Tools
+from ..proxy.forwarder import Forwarder
+from ..proxy.journal import Journal
+from ..transport.connection import credentials
+from ..transport.transport import Transport
+from ..transport.watch import Watcher
+from ..upstreams.balancer import Balancer
+from ..upstreams.breaker import Breaker, Change
+from ..upstreams.state import State
+from ..upstreams.threads import Owners
+from ..upstreams.upstream import Upstream
 from .gate import SPARE, Gate
 from .keys import Keys
 from .models import Models

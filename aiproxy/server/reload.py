@@ -16,7 +16,7 @@ from typing import Any, Protocol, Self
 import msgspec
 
 from ..config import ClientKey, Config, ConfigError, StateUrl, UpstreamSettings, content_of, load
-from ..telemetry import logs
+from ..observability import logs
 
 #: Seconds between two looks. A change is taken up at the second look that finds it: at the first an
 #: editor may be in the middle of writing.

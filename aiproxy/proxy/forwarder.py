@@ -3,13 +3,13 @@
 import re
 from collections.abc import Callable, Iterable, Sequence
 
-from ..balancing.affinity import key_of, rank
-from ..balancing.balancer import Balancer, Choice
-from ..balancing.breaker import Outcome
-from ..balancing.threads import Owners, continued_message
-from ..balancing.upstream import Upstream
+from ..api.headers import value_of
 from ..errors import ApiError
-from ..messages.headers import value_of
+from ..upstreams.affinity import key_of, rank
+from ..upstreams.balancer import Balancer, Choice
+from ..upstreams.breaker import Outcome
+from ..upstreams.threads import Owners, continued_message
+from ..upstreams.upstream import Upstream
 from .attempt import Answer, Attempt, Request, Tools
 from .course import Course, Reply
 from .journal import Journal

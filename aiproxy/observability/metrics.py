@@ -17,7 +17,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from prometheus_client.registry import Collector
 
-from ..messages.report import Report
+from ..api.report import Report
 
 #: Models that no configuration names and that are yet counted by name, for each process.
 STRANGERS = 50

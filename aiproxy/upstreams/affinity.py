@@ -13,8 +13,8 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 
-from ..messages.body import Body, members, text
-from ..messages.headers import Pairs, value_of
+from ..api.body import Body, members, text
+from ..api.headers import Pairs, value_of
 from .upstream import Upstream
 
 #: The settings of `affinity`.

@@ -11,10 +11,10 @@ from urllib.parse import parse_qs
 
 import flask
 
+from ..api.headers import Pairs
 from ..config import ClientKey
 from ..errors import ApiError
-from ..messages.headers import Pairs
-from ..telemetry import logs
+from ..observability import logs
 from .service import Service
 from .status import as_html, as_json
 from .views import arrived, own, turn_away

@@ -13,12 +13,12 @@ from typing import Protocol
 
 import msgspec
 
-from ..balancing.breaker import Outcome
-from ..calling.transport import Call, CallFailed
+from ..api.report import Report
+from ..api.sse import EventTooLarge, Framer, encode, parse
 from ..errors import error_body
-from ..messages.report import Report
-from ..messages.sse import EventTooLarge, Framer, encode, parse
 from ..policy import Fault
+from ..transport.transport import Call, CallFailed
+from ..upstreams.breaker import Outcome
 
 #: Seconds that an upstream gets to end the body once `message_stop` has come.
 AFTER_STOP = 1.0

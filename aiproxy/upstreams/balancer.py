@@ -11,7 +11,7 @@ do answer share the requests exactly by weight.
 import threading
 from collections.abc import Mapping, Sequence
 
-from ..telemetry import logs
+from ..observability import logs
 from .breaker import Change, Outcome, Pass, Permit
 from .upstream import Upstream
 

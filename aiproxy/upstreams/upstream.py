@@ -4,8 +4,8 @@ import hashlib
 
 import msgspec
 
+from ..api.headers import Pairs
 from ..config import UpstreamSettings
-from ..messages.headers import Pairs
 from .breaker import Breaker
 from .state import Shared, Unshared
 

@@ -8,7 +8,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 
-from ..messages.body import Body, members, text
+from ..api.body import Body, members, text
 from .state import State
 
 #: Messages remembered; the oldest go first.

@@ -8,8 +8,8 @@ from urllib.parse import urlsplit
 import jinja2
 import msgspec
 
-from ..balancing.upstream import Upstream
-from ..telemetry.history import Failed, History, Hour, Minute, Tokens
+from ..observability.history import Failed, History, Hour, Minute, Tokens
+from ..upstreams.upstream import Upstream
 
 #: Seconds after which the page asks for itself again.
 REFRESH = 5

@@ -15,7 +15,7 @@ from typing import Any
 import requests
 import urllib3
 
-from ..messages.headers import Pairs
+from ..api.headers import Pairs
 from ..policy import Fault
 from . import faults
 from .connection import Adapter, Outgoing, Response, Way

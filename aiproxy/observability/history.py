@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import msgspec
 
-from ..messages.report import Report
+from ..api.report import Report
 
 MINUTES = 60
 #: Failures that are remembered in full.

@@ -25,7 +25,7 @@ from requests.adapters import HTTPAdapter
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
-from ..messages.headers import Pairs
+from ..api.headers import Pairs
 from .resolver import Address, Resolver
 from .watch import Reason, Watcher
 

@@ -15,15 +15,15 @@ import flask
 import msgspec
 from werkzeug.exceptions import HTTPException
 
-from ..calling.watch import Client, Scope
+from ..api import MESSAGES, body
+from ..api.headers import Pairs
 from ..errors import ApiError, new_request_id, status_line
-from ..forwarding.attempt import Request
-from ..forwarding.course import Reply
-from ..forwarding.forwarder import Cut
-from ..forwarding.relay import Relay
-from ..messages import MESSAGES, body
-from ..messages.headers import Pairs
-from ..telemetry import logs
+from ..observability import logs
+from ..proxy.attempt import Request
+from ..proxy.course import Reply
+from ..proxy.forwarder import Cut
+from ..proxy.relay import Relay
+from ..transport.watch import Client, Scope
 from .gate import Slot
 from .keys import secrets_in
 from .service import Doors, Service

@@ -19,7 +19,7 @@ from gunicorn.util import write_nonblock
 from gunicorn.workers.gthread import ThreadWorker
 
 from ..errors import ApiError, new_request_id, status_line
-from ..telemetry import logs
+from ..observability import logs
 
 #: Seconds after which a thread that computes must let another one.
 _SWITCH_INTERVAL = 0.05

@@ -16,10 +16,10 @@ import requests
 import urllib3
 from requests.adapters import HTTPAdapter
 
+from ..api import MESSAGES
+from ..api.body import members, text
+from ..api.sse import encode
 from ..errors import error_body
-from ..messages import MESSAGES
-from ..messages.body import members, text
-from ..messages.sse import encode
 
 #: Seconds before each word of a streamed answer, so that it is seen to stream.
 PAUSE = 0.03
