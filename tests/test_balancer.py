@@ -76,11 +76,6 @@ def test_weights_hold_under_many_threads():
     assert counts == {"a": 3000, "b": 1000}
 
 
-def test_a_weight_of_zero_or_less_counts_as_one():
-    balancer = Balancer([upstream("a", 0), upstream("b", -5)])
-    assert Counter(serve(balancer) for _ in range(10)) == {"a": 5, "b": 5}
-
-
 def test_only_upstreams_that_serve_the_model_are_candidates():
     balancer = Balancer([upstream("a", available=["x"]), upstream("b", available=["y"]), upstream("c")])
     assert {serve(balancer, model="x") for _ in range(4)} == {"a", "c"}
