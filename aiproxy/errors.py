@@ -24,6 +24,10 @@ STATUS_OF_TYPE = {
 }
 
 
+#: 4xx after which a retry can bring something else.
+_RETRYABLE = frozenset({408, 409, 429})
+
+
 class ApiError(Exception):
     """An answer of our own, in the API's shape; it names no upstream address and no key."""
 
@@ -33,9 +37,22 @@ class ApiError(Exception):
         self.type = type_
         self.message = message
 
+    @property
+    def headers(self) -> list[tuple[str, str]]:
+        """Beside the usual ones. The SDKs obey `x-should-retry` before they look at the status; without it
+        Claude Code repeats a request with a wrong key for minutes."""
+        may_retry = self.status >= 500 or self.status in _RETRYABLE
+        return [] if may_retry else [("x-should-retry", "false")]
+
     def body(self, request_id: str) -> bytes:
         """The JSON body; `request_id` is also what the `request-id` header says."""
         return error_body(self.type, self.message, request_id)
+
+
+def type_of_status(status: int) -> str:
+    """The error type that goes with an HTTP status of 400 or more."""
+    types = {known: type_ for type_, known in STATUS_OF_TYPE.items()}
+    return types.get(status, "invalid_request_error" if status < 500 else "api_error")
 
 
 def error_body(type_: str, message: str, request_id: str) -> bytes:

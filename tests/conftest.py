@@ -7,6 +7,7 @@ proxy as users do: gunicorn in a process of its own. What the fakes do is in `fa
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import signal
@@ -22,6 +23,7 @@ from typing import IO, Any
 import pytest
 import yaml
 from fakes import HOST, FakeUpstream, Reply, free_port
+from flask.testing import FlaskClient
 
 ROOT = Path(__file__).resolve().parent.parent
 START_LIMIT = 10.0  # seconds
@@ -221,6 +223,12 @@ def close_apps(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     for service in built:
         service.close()
+
+
+@pytest.fixture(autouse=True)
+def close_responses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let Flask's test client read and close each response, as a server does."""
+    monkeypatch.setattr(FlaskClient, "open", functools.partialmethod(FlaskClient.open, buffered=True))
 
 
 @pytest.fixture

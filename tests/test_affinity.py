@@ -144,7 +144,6 @@ def test_a_session_is_named_by_the_header_else_by_the_user_id_in_either_form(ask
         "{no JSON",
         "{" * 5000,
         '["session_id"]',
-        "\ud800 half a pair",
         '{"session_id": "\\ud800"}',
     ],
 )
@@ -351,12 +350,10 @@ def test_prefix_takes_a_text_for_its_one_block():
         {"messages": [{"role": "user", "content": None}]},
         {"messages": [{"role": "user", "content": [1, "two", None]}]},
         {"messages": [{"role": "user"}]},
-        {"messages": [{"role": "user", "content": "\ud800"}]},
         {"system": [None]},
         {"system": []},
         {"system": {"text": 1}},
         {"system": [{"text": None}]},
-        {"system": "\ud800"},
     ],
 )
 def test_prefix_takes_whatever_a_body_may_hold(odd, accounts):
@@ -425,8 +422,10 @@ def test_the_ranking_is_the_same_in_every_process():
         "import sys; sys.path.insert(0, '.')\n"
         "from aiproxy.upstreams.affinity import rank\n"
         "from aiproxy.config import UpstreamSettings\n"
+        "from aiproxy.upstreams.breaker import Breaker\n"
         "from aiproxy.upstreams.upstream import Upstream\n"
-        f"made = [Upstream(UpstreamSettings(n, '', weight=w), None) for n, w in {WEIGHTS}.items()]\n"
+        "breaker = Breaker(3, 1800, int)\n"
+        f"made = [Upstream(UpstreamSettings(n, '', weight=w), breaker) for n, w in {WEIGHTS}.items()]\n"
         f"print([[one.name for one in rank(made, session)] for session in {sessions(100)}])"
     )
     ran = [

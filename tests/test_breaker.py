@@ -54,9 +54,9 @@ def test_a_success_whose_attempt_began_before_the_latest_failure_resets_nothing(
     assert not breaker.usable()
 
 
-def test_an_undecided_attempt_changes_nothing(breaker):
+def test_an_ignored_attempt_changes_nothing(breaker):
     fail(breaker, 2)
-    breaker.settle(breaker.acquire(), Outcome.UNDECIDED)
+    breaker.settle(breaker.acquire(), Outcome.IGNORED)
     fail(breaker)
     assert not breaker.usable()
 
@@ -65,7 +65,7 @@ def test_one_trial_at_a_time(breaker, clock):
     open_and_wait(breaker, clock)
     trial = breaker.acquire()
     assert breaker.acquire() is None
-    breaker.settle(trial, Outcome.UNDECIDED)
+    breaker.settle(trial, Outcome.IGNORED)
     assert breaker.acquire().kind is Pass.TRIAL
 
 
@@ -135,7 +135,7 @@ def test_a_last_resort_failure_changes_nothing(breaker, clock):
     fail(breaker, 3)
     clock.now += 1000
     breaker.settle(breaker.acquire_last_resort(), Outcome.FAILURE)
-    breaker.rest(breaker.acquire_last_resort(), 1800)
+    breaker.back_off(breaker.acquire_last_resort(), 1800)
     clock.now += 800
     assert breaker.usable()
 
@@ -147,9 +147,9 @@ def test_a_last_resort_attempt_leaves_the_running_trial_alone(breaker, clock):
     assert breaker.acquire() is None
 
 
-def test_it_rests_as_long_as_asked_and_counts_nothing(breaker, clock):
+def test_a_backoff_lasts_as_long_as_asked_and_counts_nothing(breaker, clock):
     fail(breaker, 2)
-    assert breaker.rest(breaker.acquire(), 20) == Change("resting", 20)
+    assert breaker.back_off(breaker.acquire(), 20) == Change("resting", 20)
     assert not breaker.usable()
     assert breaker.due() == clock.now + 20
     clock.now += 20
@@ -158,30 +158,50 @@ def test_it_rests_as_long_as_asked_and_counts_nothing(breaker, clock):
     assert not breaker.usable()
 
 
-def test_it_rests_no_longer_than_the_cooldown(breaker, clock):
-    breaker.rest(breaker.acquire(), 1e9)
+def test_a_backoff_lasts_no_longer_than_the_cooldown(breaker, clock):
+    breaker.back_off(breaker.acquire(), 1e9)
     clock.now += 1800
     assert breaker.usable()
 
 
-def test_of_two_rests_the_later_deadline_wins(breaker, clock):
+def test_of_two_backoffs_the_later_end_wins(breaker, clock):
     first, second = breaker.acquire(), breaker.acquire()
-    breaker.rest(first, 30)
-    breaker.rest(second, 10)
+    breaker.back_off(first, 30)
+    breaker.back_off(second, 10)
     clock.now += 29
     assert not breaker.usable()
     clock.now += 1
     assert breaker.usable()
 
 
-def test_a_resting_trial_is_tried_again_after_its_rest(breaker, clock):
+def test_a_trial_that_met_a_backoff_is_tried_again_after_it(breaker, clock):
     open_and_wait(breaker, clock)
-    breaker.rest(breaker.acquire(), 5)
+    breaker.back_off(breaker.acquire(), 5)
     assert not breaker.usable()
     clock.now += 5
     assert breaker.acquire().kind is Pass.TRIAL
 
 
-def test_a_rest_of_no_seconds_rests_not_at_all(breaker):
-    assert breaker.rest(breaker.acquire(), 0) is None
+def test_a_backoff_of_no_seconds_is_none(breaker):
+    assert breaker.back_off(breaker.acquire(), 0) is None
     assert breaker.usable()
+
+
+def test_a_timeout_counts_as_a_failure(breaker):
+    for _ in range(3):
+        breaker.settle(breaker.acquire(), Outcome.TIMEOUT)
+    assert not breaker.usable()
+
+
+def test_a_timeout_does_not_count_if_another_attempt_succeeded_while_it_ran(breaker):
+    for _ in range(5):
+        slow, other = breaker.acquire(), breaker.acquire()
+        breaker.settle(other, Outcome.SUCCESS)
+        breaker.settle(slow, Outcome.TIMEOUT)
+    assert breaker.circuit().failures == 0
+
+
+def test_a_success_from_before_a_timed_out_attempt_began_does_not_excuse_it(breaker):
+    breaker.settle(breaker.acquire(), Outcome.SUCCESS)
+    breaker.settle(breaker.acquire(), Outcome.TIMEOUT)
+    assert breaker.circuit().failures == 1

@@ -442,10 +442,11 @@ def test_a_tool_input_that_was_cut_off_is_read_though_no_stop_came_for_its_block
     assert collector.repaired
 
 
-def test_a_tool_input_is_judged_when_its_block_stops() -> None:
-    collector = collected([START, started(0, TOOL), delta(0, "input_json_delta", partial_json="{oops")])
+def test_a_tool_input_is_judged_when_the_message_stops() -> None:
+    deltas = [delta(0, "input_json_delta", partial_json="{oops"), stopped(0)]
+    collector = collected([START, started(0, TOOL), *deltas])
     with pytest.raises(Malformed):
-        collector.feed(stopped(0))
+        collector.feed(STOP)
 
 
 def test_tool_inputs_are_kept_apart_by_index() -> None:
@@ -689,7 +690,7 @@ def test_a_stream_that_spells_no_message_is_malformed(stream: list[Event]) -> No
 def test_malformed_says_nothing_of_the_conversation() -> None:
     secret = "correct horse battery"
     streams = [
-        [started(0, TOOL), delta(0, "input_json_delta", partial_json=f'{{"a":"{secret}"x'), stopped(0)],
+        [started(0, TOOL), delta(0, "input_json_delta", partial_json=f'{{"a":"{secret}"x'), STOP],
         [Event(b"content_block_delta", f'{{"a":"{secret}'.encode())],
         [Event(b"content_block_delta", f'{{"a":"{secret}'.encode() + b'\xff"}')],
     ]
@@ -969,3 +970,35 @@ def test_a_tool_input_is_repaired_as_the_sdk_does_wherever_it_is_cut(beta: str) 
         ours, theirs = json.loads(collector.message()), by_the_beta_sdk(stream, beta)
         assert ours["content"][0]["input"] == theirs["content"][0]["input"], source[:end]
         assert collector.repaired == (end < len(source))
+
+
+# ------------------------------------------------------------------------------- what hostile streams cost
+
+
+def seconds_for(*events: Event) -> float:
+    began = time.process_time()
+    collected(events).message()
+    return time.process_time() - began
+
+
+def test_ever_new_members_of_message_delta_cost_no_more_than_their_size() -> None:
+    deltas = [
+        event("message_delta", delta={f"a{n}": 1}, usage={f"u{n}": n}, **{f"b{n}": 2}) for n in range(10_000)
+    ]
+    assert seconds_for(START, *deltas, STOP) < 2
+
+
+def test_a_block_that_is_stopped_again_and_again_costs_no_more_than_its_size() -> None:
+    pairs = [
+        piece for _ in range(5_000) for piece in (delta(0, "input_json_delta", partial_json="1,"), stopped(0))
+    ]
+    first, last = (delta(0, "input_json_delta", partial_json=text) for text in ('{"a":[', "1]}"))
+    assert seconds_for(START, started(0, TOOL), first, *pairs, last, stopped(0), STOP) < 2
+
+
+def test_a_tool_input_of_very_many_tokens_that_was_cut_off_is_refused_in_bounded_time() -> None:
+    dense = '{"a":[' + "1," * 400_000
+    began = time.process_time()
+    with pytest.raises(Malformed):
+        seconds_for(START, started(0, TOOL), delta(0, "input_json_delta", partial_json=dense), STOP)
+    assert time.process_time() - began < 2

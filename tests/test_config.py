@@ -223,7 +223,7 @@ def test_the_example_file_is_a_demo_with_the_defaults_and_shows_a_failover_soon(
     found = {each.name: (each.base_url, each.weight) for each in config.upstreams}
     assert found == {
         "demo-answers": ("demo://answers", 1),
-        "demo-overloaded": ("demo://overloaded", 2),
+        "demo-failing": ("demo://failing", 2),
     }
 
 
@@ -258,7 +258,9 @@ def test_the_example_shows_every_setting() -> None:
     assert known | {"listen"} <= shown
 
 
-@pytest.mark.parametrize("base_url", ["demo://answers", "demo://overloaded", "demo://answers/"])
+@pytest.mark.parametrize(
+    "base_url", ["demo://answers", "demo://failing", "demo://overloaded", "demo://answers/"]
+)
 def test_a_demo_upstream_needs_no_token(loader: Loader, base_url: str) -> None:
     upstream = loader.upstream(f'base_url: "{base_url}"', "token:")
     assert (upstream.base_url, upstream.token) == (base_url.rstrip("/"), "")
@@ -921,7 +923,7 @@ def test_anything_else_is_no_base_url(loader: Loader, base_url: str) -> None:
 def test_an_unknown_demo_is_told_which_there_are_and_asked_for_no_token(
     loader: Loader, base_url: str
 ) -> None:
-    told = f'upstreams[0].base_url: is "{base_url}", expected demo://answers or demo://overloaded'
+    told = f'upstreams[0].base_url: is "{base_url}", expected demo://answers or demo://failing'
     assert loader.fault(one_upstream(f'base_url: "{base_url}"', "token:")) == told
 
 

@@ -55,9 +55,9 @@ def test_ready_means_that_some_upstream_is_usable(upstream):
     assert look(app, "/readyz")[0] == 200
 
 
-def test_a_resting_upstream_is_not_ready_until_its_time(upstream):
+def test_an_upstream_in_backoff_is_not_ready_until_its_time(upstream):
     clock = Clock()
-    app = app_of(upstream(error(529, headers=[("retry-after", "20")])), clock=clock)
+    app = app_of(upstream(error(503, headers=[("retry-after", "20")])), clock=clock)
     app.test_client().post("/v1/messages", json=ASK)
     assert look(app, "/readyz")[0] == 503
     clock.now += 20
@@ -204,7 +204,7 @@ def test_it_is_a_page_or_the_same_as_json_by_accept(upstream, accept, kind):
 
 
 def test_page_and_json_tell_the_same_facts_and_no_secret(upstream):
-    a, b = upstream(), upstream(*[error(529, message="<script>busy sk-test-a</script>")] * 3)
+    a, b = upstream(), upstream(*[error(500, message="<script>busy sk-test-a</script>")] * 3)
     app = app_of(a, b, admin_key=ADMIN)
     ask = app.test_client()
     for _ in range(6):
@@ -221,7 +221,7 @@ def test_page_and_json_tell_the_same_facts_and_no_secret(upstream):
     assert (second["state"], second["failures"], second["failures_in_a_row"]) == ("open", 3, 3)
     assert 1790 < second["tried_again_in"] <= 1800
     assert [failure["reason"] for failure in second["last_failures"]] == [
-        "status 529: <script>busy [redacted]</script>"
+        "status 500: <script>busy [redacted]</script>"
     ] * 3
     assert sum(minute["failures"] for minute in second["minutes"]) == 3
     page = ask.get("/status", headers=basic(ADMIN.key)).get_data(as_text=True)
@@ -240,19 +240,9 @@ def test_a_broken_stream_is_a_failure_with_its_reason(upstream):
     assert row["last_failures"][0]["reason"].startswith("broke off in the middle: ")
 
 
-def test_a_model_of_half_a_character_breaks_neither_page_nor_json(upstream):
-    app = app_of(upstream(error(400), error(529)), admin_key=ADMIN)
-    for _ in range(2):
-        app.test_client().post(
-            "/v1/messages", data=b'{"model":"claude-\\ud800"}', content_type="application/json"
-        )
-    assert facts(app)["upstreams"][0]["last_failures"][0]["model"] == "claude- "
-    assert app.test_client().get("/status", headers=basic(ADMIN.key)).status_code == 200
-
-
 def test_a_drained_upstream_s_circuit_is_told_too(upstream):
     app = app_of(upstream(*[error(500)] * 3), upstream(), admin_key=ADMIN)
-    for _ in range(4):
+    for _ in range(6):
         app.test_client().post("/v1/messages", json=ASK)
     press(app, "a", "drain")
     first, second = facts(app)["upstreams"]
@@ -271,7 +261,7 @@ def test_its_buttons_do_what_they_say(upstream):
     a, b = upstream(*[error(500)] * 3), upstream()
     app = app_of(a, b, admin_key=ADMIN)
     ask = app.test_client()
-    for _ in range(4):
+    for _ in range(6):
         ask.post("/v1/messages", json=ASK)
     assert facts(app)["upstreams"][0]["state"] == "open"
     reply = press(app, "a", "close")

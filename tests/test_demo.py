@@ -97,11 +97,11 @@ def test_the_stream_is_seen_to_stream(monkeypatch):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_the_overloaded_one_always_says_so_in_the_api_s_shape(stream):
-    response = ask("overloaded", {**ASK, "stream": stream})
+def test_the_failing_one_always_says_so_in_the_api_s_shape(stream):
+    response = ask("failing", {**ASK, "stream": stream})
     body = json.loads(read(response))
-    assert (response.status, response.headers["content-type"]) == (529, "application/json")
-    assert body["error"]["type"] == "overloaded_error"
+    assert (response.status, response.headers["content-type"]) == (500, "application/json")
+    assert body["error"]["type"] == "api_error"
     assert body["request_id"] == response.headers["request-id"]
 
 
@@ -111,9 +111,7 @@ def test_every_answer_has_ids_of_its_own():
     assert len({json.loads(read(response))["id"] for response in responses}) == 3
 
 
-@pytest.mark.parametrize(
-    "extra", [b"9" * 5000, b"1e999", b'"\\ud83d"'], ids=["long-int", "huge", "surrogate"]
-)
+@pytest.mark.parametrize("extra", [b"9" * 5000, b"1e999"], ids=["long-int", "huge"])
 def test_a_body_with_odd_values_is_answered(extra):
     body = json.dumps({**ASK, "x": "here"}).encode().replace(b'"here"', extra)
     response = app_of(("answers", 1)).post("/v1/messages", data=body)
@@ -136,7 +134,7 @@ def test_must_stream_collects_the_demo_s_stream():
 
 
 def test_a_first_run_shows_failover_and_then_the_open_circuit(capsys):
-    client = app_of(("answers", 1), ("overloaded", 2))
+    client = app_of(("answers", 1), ("failing", 2))
     attempts = []
     for _ in range(8):
         response = client.post("/v1/messages", json=ASK)
@@ -146,22 +144,22 @@ def test_a_first_run_shows_failover_and_then_the_open_circuit(capsys):
     assert attempts.count("2") == 3
     assert attempts[-2:] == ["1", "1"]
     out = capsys.readouterr().out
-    assert out.count("circuit upstream=overloaded state=open") == 1
+    assert out.count("circuit upstream=failing state=open") == 1
 
 
-def test_only_the_overloaded_one_gives_its_own_error():
-    response = app_of(("overloaded", 1)).post("/v1/messages", json=ASK)
-    assert (response.status_code, response.json["error"]["type"]) == (529, "overloaded_error")
+def test_only_the_failing_one_gives_its_own_error():
+    response = app_of(("failing", 1)).post("/v1/messages", json=ASK)
+    assert (response.status_code, response.json["error"]["type"]) == (500, "api_error")
 
 
 def test_the_demo_config_is_the_two_of_them():
     text = (ROOT / "config.example.yaml").read_text(encoding="utf-8")
     assert "demo://answers" in text
-    assert "demo://overloaded" in text
+    assert "demo://failing" in text
 
 
-def test_the_sdk_takes_the_demo_s_error_for_an_overload(config_of, serve):
-    served = serve(config_of([{"base_url": "demo://overloaded"}]))
+def test_the_sdk_takes_the_demo_s_error_for_one_of_the_server(config_of, serve):
+    served = serve(config_of([{"base_url": "demo://overloaded"}]))  # the old name
     client = anthropic.Anthropic(base_url=served.url, api_key="any-text", max_retries=0)
-    with client, pytest.raises(anthropic.OverloadedError):
+    with client, pytest.raises(anthropic.InternalServerError):
         client.messages.create(**ASK)

@@ -52,7 +52,7 @@ from aiproxy.config import BreakerSettings, Config, Timeouts, UpstreamSettings
 from aiproxy.server import service
 from aiproxy.transport import connection
 from aiproxy.transport.transport import Transport
-from aiproxy.upstreams.breaker import Breaker
+from aiproxy.upstreams.breaker import Breaker, Outcome
 
 MB = 1024 * 1024
 QUESTION = {"model": "claude-x", "max_tokens": 8, "messages": [{"role": "user", "content": "Hi"}]}
@@ -83,12 +83,12 @@ class Recorded(Breaker):
         return exchanged, change
 
     def settle(self, permit, outcome):
-        self._back(permit, outcome.value)
+        self._back(permit, "failure" if outcome is Outcome.TIMEOUT else outcome.value)
         return super().settle(permit, outcome)
 
-    def rest(self, permit, seconds):
-        self._back(permit, f"rest {seconds:g}")
-        return super().rest(permit, seconds)
+    def back_off(self, permit, seconds):
+        self._back(permit, f"backoff {seconds:g}")
+        return super().back_off(permit, seconds)
 
     def _given(self, permit):
         if permit is not None:
@@ -314,7 +314,6 @@ WHOLE = {
     "nested_too_deeply": whole(200, b'{"a":' + b"[" * 200_000 + b"]" * 200_000 + b"}"),
     "events_unasked": events(message_events()),
     "an_error_in_a_200": whole(200, b'{"type":"error","error":{"type":"api_error","message":"x"}}'),
-    "an_overload_in_a_200": whole(200, b'{"type":"error","error":{"type":"overloaded_error"}}'),
     "an_error_of_no_known_type_in_a_200": whole(200, b'{"type":"error","error":{"type":"new_error"}}'),
     "an_error_without_a_type": whole(200, b'{"error":"out of order"}'),
     "an_openai_error": whole(200, b'{"error":{"message":"x","code":500}}'),
@@ -337,14 +336,15 @@ STREAM = {
     "ended_in_the_first_content": events([START, BLOCK[:-1]]),
     "only_comments": events([b": hello\n\n", b": again\n\n"]),
     "an_error_event_at_once": events([error_event("api_error")]),
-    "an_error_event_after_message_start": events([START, PING, error_event()]),
+    "an_error_event_after_message_start": events([START, PING, error_event("api_error")]),
     "an_error_event_of_no_known_type": events([START, error_event("new_error")]),
     "an_error_event_that_is_no_json": events([b"event: error\ndata: oops\n\n"]),
     "an_error_event_with_carriage_returns": events([error_event("api_error").replace(b"\n", b"\r\n")]),
     "json_though_a_stream_was_asked_for": whole(200, MESSAGE),
-    "a_json_error_in_a_200": whole(200, b'{"type":"error","error":{"type":"overloaded_error"}}'),
+    "a_json_error_in_a_200": whole(200, b'{"type":"error","error":{"type":"api_error"}}'),
     "json_that_breaks_off": whole(200, MESSAGE, then="cut", cut_at=20),
 }
+OTHER = message_json("another")
 CASES = [
     *(pytest.param(False, reply, id=name) for name, reply in {**ANY_REQUEST, **WHOLE}.items()),
     *(pytest.param(True, reply, id=f"stream-{name}") for name, reply in {**ANY_REQUEST, **STREAM}.items()),
@@ -364,7 +364,7 @@ def test_what_is_no_answer_counts_and_the_next_upstream_answers(upstream, proxy,
 
 @pytest.mark.parametrize(
     ("status", "stream"),
-    [*((status, False) for status in (401, 402, 408, 429, 500, 502, 503, 504, 529, 599, 999)), (529, True)],
+    [*((status, False) for status in (401, 402, 408, 500, 502, 503, 504, 599, 999)), (500, True)],
 )
 def test_a_status_of_the_upstream_s_own_counts_and_the_next_one_answers(upstream, proxy, status, stream):
     a, b = upstream(error(status)), upstream()
@@ -394,7 +394,7 @@ def test_a_redirect_s_body_is_not_waited_for(upstream, proxy):
     assert time.monotonic() - began < 3
 
 
-@pytest.mark.parametrize("status", [401, 402, 408, 429, 500, 529, 599])
+@pytest.mark.parametrize("status", [408, 500, 502, 503, 599])
 def test_a_status_of_the_upstream_s_own_counts_though_no_other_answers(upstream, proxy, status):
     one = proxy(upstream(error(status)))
     assert one.ask().status == status
@@ -411,18 +411,26 @@ def test_a_redirect_is_not_followed(upstream, proxy):
 
 
 @pytest.mark.parametrize("status", [100, 102, 103, 199])
-def test_the_request_after_an_interim_answer_gets_its_own(upstream, proxy, status):
+@pytest.mark.parametrize("times", [1, 10])
+def test_interim_answers_are_skipped(upstream, proxy, status, times):
     interim = b"HTTP/1.1 %d Interim\r\nlink: </a>\r\n\r\n" % status
-    late = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 16\r\n\r\n"
-    a = upstream(raw(interim + late + b'{"id":"another"}', "keep"))
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+    a = upstream(raw(interim * times + head % len(OTHER) + OTHER, "keep"))
     one = proxy(a)
-    first, second = one.ask(), one.ask()
-    if status == 100:  # the one that HTTP clients pass over, as RFC 9110 section 15.2.1 wants it
-        assert (first.status, first.body) == (200, b'{"id":"another"}')
-    else:
-        assert first.status == 502
-        assert a.connections == 2
-    assert (second.status, second.body) == (200, MESSAGE)
+    assert (one.ask().body, one.ask().body) == (OTHER, MESSAGE)
+    assert a.connections == 1
+
+
+def test_interim_answers_without_end_are_a_failure(upstream, proxy):
+    a, b = upstream(raw(b"HTTP/1.1 103 Early Hints\r\n\r\n" * 11, "keep")), upstream()
+    assert proxy(a, b).ask().upstream == "b"
+
+
+@pytest.mark.parametrize(("size", "answers"), [(31, "a"), (33, "b")])
+def test_a_head_of_more_than_32_kb_is_a_failure(upstream, proxy, size, answers):
+    fields = [(f"x-{n}", "v" * 1000) for n in range(size)]
+    a, b = upstream(whole(200, MESSAGE, headers=fields)), upstream()
+    assert proxy(a, b).ask().upstream == answers
 
 
 def test_what_an_upstream_sends_after_its_answer_is_not_the_next_one_s(upstream, proxy):
@@ -536,6 +544,19 @@ def test_a_reused_connection_that_breaks_after_a_byte_is_not_stale(upstream, pro
     assert one.outcomes() == [["success", "failure"], ["success"]]
 
 
+def test_a_reused_connection_that_breaks_after_seconds_of_silence_is_not_stale(upstream, proxy, monkeypatch):
+    monkeypatch.setattr("aiproxy.transport.transport.DEAD_WITHIN", 0.2)
+
+    def breaks_late(wire, request):
+        time.sleep(0.4)
+        wire.close()
+
+    one = proxy(upstream(answer(), breaks_late))
+    assert one.ask().status == 200
+    assert one.ask().status == 502
+    assert one.outcomes() == [["success", "failure"]]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_reused_connection_that_is_silent_is_not_stale(upstream, proxy, stream):
     a, b = upstream(answer(), hang()), upstream()
@@ -594,7 +615,6 @@ SILENT_WHOLE = {
     "head_only": head_only(content_type="application/json", then="hang"),
     "trickled_head": trickle(TRICKLED_HEAD, 0.01, content_type=None),
     "trickled_body": trickle(MESSAGE * 9, 0.01, content_type="application/json"),
-    "trickled_error": trickle(b"{" * 999, 0.01, content_type="application/json", status=500),
     "half_a_body": whole(200, MESSAGE, then="hang", cut_at=20),
     "half_a_body_by_close": whole(200, MESSAGE, framing="close", then="hang", cut_at=20),
     "a_body_that_never_closes": events(
@@ -607,14 +627,11 @@ SILENT_STREAM = {
     "head_only": head_only(then="hang"),
     "trickled_head": trickle(TRICKLED_HEAD, 0.01, content_type=None),
     "trickled_start": trickle(START * 9, 0.01),
-    "trickled_comments": events([b": wait\n\n"] * 200, gap=0.01),
-    "starts_for_ever": events([START] * 200, gap=0.01),
     "half_an_event": events([START, BLOCK], cut_at=20, then="hang"),
     "trickled_content": events([START, *(BLOCK[n : n + 1] for n in range(len(BLOCK)))], gap=0.01),
     "start_then_silence": events([START, PING], then="hang"),
     "start_then_silence_by_close": events([START, PING], framing="close", then="hang"),
     "start_then_silence_by_length": events([START, PING], framing="length", then="hang"),
-    "trickled_error": trickle(b"{" * 999, 0.01, content_type="application/json", status=529),
 }
 SILENT = [
     *(pytest.param(False, reply, id=name) for name, reply in SILENT_WHOLE.items()),
@@ -632,6 +649,25 @@ def test_waiting_past_a_timeout_ends_the_attempt_and_counts(upstream, proxy, str
     assert (given.status, given.json()["error"]["type"]) == (504, "timeout_error")
     assert one.outcomes() == [["failure"]]
     a.wait_left()
+
+
+@pytest.mark.parametrize("sign", [PING, b": wait\n\n", b": wait\n", START])
+def test_signs_of_life_renew_the_silence_limit_and_commit_nothing(upstream, proxy, sign):
+    a, b = upstream(events([START, *[0.2, sign] * 4], then="cut")), upstream()
+    one = proxy(a, b, first_byte=0.35)
+    assert one.ask(stream=True).upstream == "b"
+    assert one.outcomes() == [["failure"], ["success"]]
+
+
+@pytest.mark.parametrize("sign", [PING, b": wait\n\n"])
+def test_a_sign_of_life_long_after_sending_commits(upstream, proxy, monkeypatch, sign):
+    monkeypatch.setattr("aiproxy.proxy.attempt.PATIENCE", 0.2)
+    gate = threading.Event()
+    a, b = upstream(events([START, sign, 0.3, sign, gate], then="cut")), upstream()
+    given = proxy(a, b).begin(stream=True)
+    assert given.upstream == "a"
+    gate.set()
+    assert given.read().body.startswith(START + sign + sign)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -705,41 +741,68 @@ def test_after_connect_timeouts_alone_the_client_gets_a_502(proxy):
 
 # -------------------------------------------------------------------------------------- errors of requests
 
-REFUSALS = [*((status, False) for status in (400, 403, 404, 405, 409, 413, 422, 451, 499)), (400, True)]
+REFUSALS = [*((status, False) for status in (400, 403, 404, 405, 409, 413, 415, 422, 451, 499)), (400, True)]
 
 
 @pytest.mark.parametrize(("status", "stream"), REFUSALS)
-def test_a_refused_request_is_charged_to_the_upstream_if_another_answers_it(upstream, proxy, status, stream):
+def test_a_refused_request_is_tried_elsewhere_and_costs_nothing(upstream, proxy, status, stream):
     a, b = upstream(error(status)), upstream()
     one = proxy(a, b)
     given = one.ask(stream)
     assert (given.status, given.upstream, given.attempts) == (200, "b", 2)
-    assert one.outcomes() == [["failure"], ["success"]]
+    assert one.outcomes() == [["ignored"], ["success"]]
+
+
+@pytest.mark.parametrize("status", [400, 413, 415, 422])
+def test_no_client_can_close_an_upstream_for_others(upstream, proxy, clock, status):
+    a, b = upstream(*[error(status)] * 50), upstream()
+    one = proxy({"base_url": a, "weight": 999}, b, clock=clock)
+    assert [one.ask().upstream for _ in range(50)] == ["b"] * 50
+    assert seen(a) == [50]
+    assert one.ask().upstream == "a"
+
+
+def test_an_upstream_that_refuses_everything_for_a_minute_backs_off_for_a_minute(upstream, proxy, clock):
+    a, b = upstream(*[error(400)] * 22), upstream()
+    one = proxy({"base_url": a, "weight": 999}, b, clock=clock)
+    for _ in range(20):
+        assert one.ask().upstream == "b"
+        clock.now += 3.2
+    assert one.ask().upstream == "b"
+    assert seen(a) == [20]
+    clock.now += 60
+    assert one.ask().upstream == "b"  # one refusal more, and it is in backoff again
+    assert one.ask().upstream == "b"
+    assert seen(a) == [21]
+
+
+def test_the_refusals_of_such_an_upstream_rank_last(upstream, proxy, clock):
+    a, b = upstream(*[error(400)] * 30), upstream(*[answer()] * 20, error(404))
+    one = proxy({"base_url": a, "weight": 999}, b, clock=clock)
+    for _ in range(20):
+        one.ask()
+        clock.now += 3.2
+    given = one.ask()
+    assert (given.status, given.upstream, given.attempts) == (404, "b", 2)
 
 
 @pytest.mark.parametrize(("status", "stream"), REFUSALS)
-def test_a_request_that_all_refuse_is_charged_to_nobody(upstream, proxy, status, stream):
+def test_a_request_that_all_refuse_costs_nobody_anything(upstream, proxy, status, stream):
     a, b = upstream(error(status, message="from a")), upstream(error(status, message="from b"))
     one = proxy(a, b)
     given = one.ask(stream)
     assert (given.status, given.upstream, given.attempts) == (status, "b", 2)
     assert given.json()["error"]["message"] == "from b"
-    assert one.outcomes() == [["undecided"], ["undecided"]]
+    assert one.outcomes() == [["ignored"], ["ignored"]]
 
 
-def test_a_refusal_is_not_charged_when_the_others_fail_otherwise(upstream, proxy):
-    one = proxy(upstream(error(400)), upstream(error(500)), upstream(close_now()))
-    assert one.ask().status == 400
-    assert one.outcomes() == [["undecided"], ["failure"], ["failure"]]
-
-
-def test_a_refusal_is_charged_once_a_stream_is_committed_even_if_it_breaks_later(upstream, proxy):
-    a, b = upstream(error(400)), upstream(events([START, BLOCK], then="cut"))
+@pytest.mark.parametrize("words", ["bound to a different conversation", "prefix mismatch"])
+def test_a_thinking_block_of_another_conversation_reaches_the_client_at_once(upstream, proxy, words):
+    a, b = upstream(error(400, message=f"messages.1: thinking block: {words}")), upstream()
     one = proxy(a, b)
-    given = one.begin(stream=True)
-    assert one.outcomes() == [["failure"], []]
-    assert given.read().ending == "cut"
-    assert one.outcomes() == [["failure"], ["failure"]]
+    given = one.ask()
+    assert (given.status, given.upstream, given.attempts) == (400, "a", 1)
+    assert one.outcomes() == [["ignored"], []]
 
 
 def test_a_refusal_before_the_body_was_read_is_understood(upstream, proxy):
@@ -767,27 +830,48 @@ ERROR_TYPES = [
 
 
 @pytest.mark.parametrize(("type_", "status"), ERROR_TYPES)
-def test_an_error_in_a_200_is_judged_and_told_as_the_status_of_its_type(upstream, proxy, type_, status):
+def test_an_error_in_a_200_counts_as_the_status_of_its_type(upstream, proxy, type_, status):
     body = json.dumps({"type": "error", "error": {"type": type_, "message": "no"}}).encode()
     one = proxy(upstream(whole(200, body, headers=[("request-id", "req_theirs")])))
     given = one.ask()
-    assert (given.status, given.body) == (status, body)
-    assert given.header("request-id") == "req_theirs"
-    about_the_request = status in (400, 403, 404, 409, 413)
-    assert one.outcomes() == [["undecided" if about_the_request else "failure"]]
+    if status in (401, 402):
+        assert given.status == 502
+    else:
+        assert (given.status, given.body) == (status, body)
+        assert given.header("request-id") == "req_theirs"
+    assert one.outcomes() == [["failure" if status in (401, 402, 500, 504) else "ignored"]]
 
 
+@pytest.mark.parametrize("named", [True, False])
 @pytest.mark.parametrize(("type_", "status"), ERROR_TYPES)
-def test_a_first_error_event_is_judged_and_told_as_the_status_of_its_type(upstream, proxy, type_, status):
+def test_a_first_error_event_counts_as_the_status_of_its_type(upstream, proxy, type_, status, named):
     data = json.dumps({"type": "error", "error": {"type": type_, "message": "no"}}).encode()
-    reply = events([START, b"event: error\ndata: " + data + b"\n\n"], headers=[("request-id", "req_theirs")])
-    one = proxy(upstream(reply))
+    event = (b"event: error\n" if named else b"") + b"data: " + data + b"\n\n"
+    one = proxy(upstream(events([START, event], headers=[("request-id", "req_theirs")])))
     given = one.ask(stream=True)
-    assert (given.status, given.body, given.ending) == (status, data, "end")
+    if status in (401, 402):
+        assert given.status == 502
+    else:
+        assert (given.status, given.body, given.ending) == (status, data, "end")
+        assert given.header("request-id") == "req_theirs"
     assert given.header("content-type") == "application/json"
-    assert given.header("request-id") == "req_theirs"
-    about_the_request = status in (400, 403, 404, 409, 413)
-    assert one.outcomes() == [["undecided" if about_the_request else "failure"]]
+    assert one.outcomes() == [["failure" if status in (401, 402, 500, 504) else "ignored"]]
+
+
+def test_events_without_event_lines_are_no_answer(upstream, proxy):
+    nameless = b"".join(message_events()).replace(b"event: ", b"x: ")
+    one = proxy(upstream(events([nameless])), upstream())
+    assert one.ask(stream=True).upstream == "b"
+    assert one.outcomes() == [["failure"], ["success"]]
+
+
+@pytest.mark.parametrize(
+    "body", [b'{"success":false,"message":"no"}', b'{"object":"error","message":"no"}', b'{"id":"x"}', b"{}"]
+)
+def test_an_object_of_another_shape_is_no_answer(upstream, proxy, body):
+    one = proxy(upstream(whole(200, body)), upstream())
+    assert one.ask().upstream == "b"
+    assert one.outcomes() == [["failure"], ["success"]]
 
 
 def test_a_json_error_in_place_of_a_stream_is_told_as_the_status_of_its_type(upstream, proxy):
@@ -795,8 +879,9 @@ def test_a_json_error_in_place_of_a_stream_is_told_as_the_status_of_its_type(ups
     assert (given.status, given.body) == (529, b'{"error":{"type":"overloaded_error"}}')
 
 
-@pytest.mark.parametrize("body", [b'{"id":"x","error":null}', b'{"type":"message","content":["error"]}'])
-def test_an_answer_is_not_taken_for_an_error_without_cause(upstream, proxy, body):
+@pytest.mark.parametrize("extra", [b'"error":null', b'"content":["error"]'])
+def test_an_answer_is_not_taken_for_an_error_without_cause(upstream, proxy, extra):
+    body = b'{"type":"message",' + extra + b"}"
     given = proxy(upstream(whole(200, body))).ask()
     assert (given.status, given.body) == (200, body)
 
@@ -804,17 +889,60 @@ def test_an_answer_is_not_taken_for_an_error_without_cause(upstream, proxy, body
 # --------------------------------------------------------------------------------------- retry-after
 
 
-@pytest.mark.parametrize("status", [429, 503, 529])
-def test_an_upstream_that_says_when_to_come_back_rests_until_then_uncounted(upstream, proxy, clock, status):
+OTHER_MODEL = {**QUESTION, "model": "claude-y"}
+
+
+@pytest.mark.parametrize("status", [429, 529])
+def test_a_limit_that_says_when_to_come_back_is_a_backoff_of_the_model(upstream, proxy, clock, status):
     a, b = upstream(error(status, headers=[("retry-after", "20")])), upstream()
     one = proxy({"base_url": a, "weight": 9}, b, clock=clock, failures=1)
     assert one.ask().upstream == "b"
-    assert one.outcomes("a") == [["rest 20"]]
+    assert one.outcomes("a") == [["ignored"]]
+    assert one.ask(question=OTHER_MODEL).upstream == "a"
     clock.now += 19.9
     assert one.ask().upstream == "b"
     clock.now += 0.1
     assert one.ask().upstream == "a"
-    assert one.breakers["a"].kinds == ["ordinary", "ordinary"]
+    assert one.breakers["a"].kinds == ["ordinary"] * 3
+
+
+def test_a_503_that_says_when_to_come_back_is_a_backoff_of_the_upstream(upstream, proxy, clock):
+    a, b = upstream(error(503, headers=[("retry-after", "20")])), upstream()
+    one = proxy({"base_url": a, "weight": 9}, b, clock=clock, failures=1)
+    assert one.ask().upstream == "b"
+    assert one.outcomes("a") == [["backoff 20"]]
+    assert one.ask(question=OTHER_MODEL).upstream == "b"
+    clock.now += 20
+    assert one.ask().upstream == "a"
+
+
+@pytest.mark.parametrize("code", ["enforced_spend_limit_reached", "contract_spend_limit_reached"])
+def test_a_spend_limit_is_a_backoff_of_the_upstream_for_the_cooldown(upstream, proxy, clock, code):
+    a, b = upstream(error(429, details={"error_code": code})), upstream()
+    one = proxy({"base_url": a, "weight": 9}, b, clock=clock, cooldown=1800.0)
+    assert one.ask().upstream == "b"
+    clock.now += 1799
+    assert one.ask(question=OTHER_MODEL).upstream == "b"
+    clock.now += 1
+    assert one.ask().upstream == "a"
+
+
+def test_three_answers_that_a_model_is_missing_skip_this_model_only(upstream, proxy, clock):
+    def missing(wire, request):
+        (answer() if request.json()["model"] == "claude-y" else error(404))(wire, request)
+
+    a, b = upstream(default=missing), upstream()
+    one = proxy({"base_url": a, "weight": 999}, b, clock=clock, cooldown=1800.0)
+    for _ in range(3):
+        assert one.ask().upstream == "b"
+        assert one.ask(question=OTHER_MODEL).upstream == "a"
+    assert seen(a) == [6]
+    assert one.ask().upstream == "b"
+    assert one.ask(question=OTHER_MODEL).upstream == "a"
+    assert seen(a) == [7]
+    clock.now += 1800
+    one.ask()
+    assert seen(a) == [8]
 
 
 def test_an_http_date_is_as_good_as_seconds(upstream, proxy, clock):
@@ -829,50 +957,26 @@ def test_an_http_date_is_as_good_as_seconds(upstream, proxy, clock):
 
 
 @pytest.mark.parametrize(
-    ("value", "rests"),
+    ("value", "lasts"),
     [
         ("1e9", 60),
         ("99999999999999999999999", 60),
-        ("1e999", 60),
         ("Fri, 31 Dec 9999 23:59:59 GMT", 60),
-        ("0.5", 0.5),
-        ("0", 0),
-        ("-5", 0),
-        ("Thu, 01 Jan 1970 00:00:00 GMT", 0),
+        ("0.5", 1),
+        # Those that do not say when: two seconds.
+        *((value, 2) for value in ("0", "-5", "1e999", "nan", "soon", "", "20 seconds", "9" * 5000 + "x")),
+        *((f"Thu, 01 Jan {year} 00:00:00 GMT", 2) for year in ("1970", "99999")),
+        ("Mon, 01 Jan 2026 00:00:00 +99999999999999999999", 2),
     ],
 )
-def test_it_rests_no_longer_than_the_cooldown_and_no_shorter_than_not_at_all(
-    upstream, proxy, clock, value, rests
-):
+def test_a_backoff_lasts_as_long_as_the_upstream_says_within_bounds(upstream, proxy, clock, value, lasts):
     a, b = upstream(error(429, headers=[("retry-after", value)])), upstream()
     one = proxy({"base_url": a, "weight": 9}, b, clock=clock, cooldown=60, failures=1)
     assert one.ask().upstream == "b"
-    if rests:
-        clock.now += rests - 0.1
-        assert one.ask().upstream == "b"
-        clock.now += 0.2
-    assert one.ask().upstream == "a"
-
-
-@pytest.mark.parametrize(
-    "value",
-    [
-        "soon",
-        "",
-        "nan",
-        "20 seconds",
-        "Mon, 32 Foo 2026 99:99:99 GMT",
-        "Fri, 31 Dec 99999 23:59:59 GMT",
-        "Mon, 01 Jan 2026 00:00:00 +99999999999999999999",
-        "Mon, 01 Jan 2026 00:00:00 -0000000000099999999999",
-        "9" * 5000 + "x",
-    ],
-)
-def test_a_retry_after_that_makes_no_sense_is_none(upstream, proxy, value):
-    a, b = upstream(error(429, headers=[("retry-after", value)])), upstream()
-    one = proxy(a, b)
+    clock.now += lasts - 0.1
     assert one.ask().upstream == "b"
-    assert one.outcomes() == [["failure"], ["success"]]
+    clock.now += 0.2
+    assert one.ask().upstream == "a"
 
 
 @pytest.mark.parametrize("status", [401, 408, 500, 502, 504])
@@ -882,11 +986,14 @@ def test_other_statuses_count_whatever_their_retry_after(upstream, proxy, status
     assert one.outcomes() == [["failure"], ["success"]]
 
 
-def test_an_error_event_of_a_stream_with_a_retry_after_makes_it_rest(upstream, proxy, clock):
+def test_an_error_event_of_a_stream_with_a_retry_after_is_a_backoff(upstream, proxy, clock):
     reply = events([START, error_event("rate_limit_error")], headers=[("retry-after", "20")])
-    one = proxy(upstream(reply), upstream(), clock=clock)
+    one = proxy({"base_url": upstream(reply), "weight": 9}, upstream(), clock=clock)
     assert one.ask(stream=True).upstream == "b"
-    assert one.outcomes() == [["rest 20"], ["success"]]
+    clock.now += 19.9
+    assert one.ask().upstream == "b"
+    clock.now += 0.1
+    assert one.ask().upstream == "a"
 
 
 @pytest.mark.parametrize(
@@ -894,11 +1001,11 @@ def test_an_error_event_of_a_stream_with_a_retry_after_makes_it_rest(upstream, p
     [
         (("30", "5", "17"), "5"),
         (("5", "30"), "5"),
-        (("30", "0.5"), "0.5"),
+        (("30", "0.5"), "1"),
         (("30", None), None),
         (("Fri, 31 Dec 9999 23:59:59 GMT", "30"), "30"),
         (("30", "Fri, 31 Dec 9999 23:59:59 GMT"), "30"),
-        (("30", "soon"), "30"),
+        (("30", "soon"), None),
     ],
 )
 def test_the_client_is_told_the_smallest_retry_after(upstream, proxy, values, told):
@@ -920,7 +1027,7 @@ def test_a_retry_after_in_milliseconds_does_not_contradict_the_one_told(upstream
 
 def test_three_failures_in_a_row_open_the_circuit_and_a_trial_closes_it(upstream, proxy, clock):
     a, b = upstream(*[close_now()] * 3), upstream()
-    one = proxy({"base_url": a, "weight": 9}, b, clock=clock)
+    one = proxy({"base_url": a, "weight": 999}, b, clock=clock)
     assert [one.ask().upstream for _ in range(6)] == ["b"] * 6
     assert seen(a) == [3]
     clock.now += 60
@@ -937,14 +1044,14 @@ def test_a_failed_trial_opens_it_again(upstream, proxy, clock):
     assert seen(a) == [2]
 
 
-def test_a_refused_trial_is_undecided_and_the_next_request_is_one_too(upstream, proxy, clock):
+def test_a_refused_trial_decides_nothing_and_the_next_request_is_one_too(upstream, proxy, clock):
     a = upstream(close_now(), error(400), error(400))
     one = proxy(a, clock=clock, failures=1)
     assert one.ask().status == 502
     clock.now += 60
     assert [one.ask().status, one.ask().status, one.ask().status] == [400, 400, 200]
     assert one.breakers["a"].kinds == ["ordinary", "trial", "trial", "trial"]
-    assert one.outcomes() == [["failure", "undecided", "undecided", "success"]]
+    assert one.outcomes() == [["failure", "ignored", "ignored", "success"]]
 
 
 def noting(list_, name, reply):
@@ -1045,13 +1152,27 @@ def test_the_last_resort_does_not_come_after_a_second_timeout(a_open):
     assert (given.status, given.attempts) == (504, 2)
 
 
-@pytest.mark.parametrize("status", [400, 404, 413, 422])
-def test_there_is_no_last_resort_after_an_error_about_the_request(a_open, status):
+@pytest.mark.parametrize("status", [400, 422])
+def test_open_circuits_are_left_alone_after_an_error_about_the_request(a_open, status):
     given = a_open(error(status), close_now()).ask()
     assert (given.status, given.upstream, given.attempts) == (status, "b", 2)
 
 
-def test_a_resting_upstream_is_a_last_resort_too(upstream, proxy, clock):
+@pytest.mark.parametrize("status", [404, 405, 413])
+def test_an_open_circuit_is_tried_after_what_one_upstream_lacks(a_open, status):
+    given = a_open(error(status)).ask()
+    assert (given.status, given.upstream, given.attempts) == (200, "a", 2)
+
+
+def test_an_upstream_in_backoff_is_asked_also_after_an_error_about_the_request(upstream, proxy, clock):
+    a, b = upstream(error(429, headers=[("retry-after", "50")])), upstream(answer(), error(400))
+    one = proxy({"base_url": a, "weight": 9}, b, clock=clock)
+    assert one.ask().upstream == "b"
+    given = one.ask()
+    assert (given.status, given.upstream, given.attempts) == (200, "a", 2)
+
+
+def test_an_upstream_in_backoff_is_a_last_resort_too(upstream, proxy, clock):
     a = upstream(error(529, headers=[("retry-after", "50")]))
     one = proxy(a, clock=clock)
     assert one.ask().status == 529
@@ -1107,15 +1228,31 @@ def test_a_trial_whose_client_leaves_after_the_commit_point_has_closed_the_circu
     one.ask()
     clock.now += 60
     one.begin(stream=True).leave()
-    assert one.outcomes() == [["failure", "committed", "undecided"]]
+    assert one.outcomes() == [["failure", "committed", "ignored"]]
     assert one.breakers["a"].usable()
 
 
-def test_weights_hold_while_an_upstream_is_down(upstream, proxy):
-    a, b, c = upstream(), upstream(), upstream(default=close_now())
-    one = proxy({"base_url": a, "weight": 3}, b, {"base_url": c, "weight": 2}, failures=10**6)
-    assert [one.ask().status for _ in range(24)] == [200] * 24
-    assert seen(a, b) == [18, 6]
+def test_an_upstream_that_fails_two_of_three_requests_is_asked_for_its_half(upstream, proxy):
+    turns = itertools.cycle([answer(), error(500), error(500)])
+
+    def flaky(wire, request):
+        next(turns)(wire, request)
+
+    a, b = upstream(default=flaky), upstream()
+    one = proxy(a, b, failures=10**6)
+    assert [one.ask().status for _ in range(60)] == [200] * 60
+    assert seen(a) == [30]
+
+
+def test_a_timeout_does_not_count_if_another_attempt_succeeded_while_it_ran(upstream, proxy):
+    a = upstream(hang(), default=answer())
+    one = proxy(a, answer=0.5)
+    slow = threading.Thread(target=one.ask)
+    slow.start()
+    a.wait_for(1)
+    assert one.ask().status == 200
+    slow.join(5)
+    assert one.breakers["a"].circuit().failures == 0
 
 
 # ------------------------------------------------------------------------------------ the final answer
@@ -1134,24 +1271,22 @@ SAID = {
         ([400, 529], 400, "a"),
         ([529, 400], 400, "b"),
         ([404, 400], 400, "b"),
-        ([400, 404], 404, "b"),
+        ([400, 404], 400, "a"),
         ([422, 401, "closed"], 422, "a"),
         ([401, 529], 529, "b"),
         ([529, 401], 529, "a"),
         ([500, 529], 529, "b"),
         ([429, 503, "closed"], 503, "b"),
-        ([401, 402], 402, "b"),
-        ([402, 403, 401], 401, "c"),
-        ([403, 402], 402, "b"),
         ([401, 403], 403, "b"),
+        ([403, 402], 403, "a"),
+        ([404, 529], 529, "b"),
+        ([404, "closed"], 404, "a"),
         ([403, 400], 400, "b"),
-        ([403, 429], 429, "b"),
-        ([401, "closed"], 401, "a"),
+        ([403, 429], 403, "a"),
         (["closed", 500], 500, "b"),
         (["silent", 500], 500, "b"),
         ([500, "silent"], 500, "a"),
         ([500, "silent", "silent"], 500, "a"),
-        (["silent", 401, "html"], 401, "b"),
     ],
 )
 def test_when_all_fail_the_client_gets_the_error_that_helps_it_most(upstream, proxy, said, status, name):
@@ -1163,6 +1298,9 @@ def test_when_all_fail_the_client_gets_the_error_that_helps_it_most(upstream, pr
     ("said", "status", "type_"),
     [
         (["closed"], 502, "api_error"),
+        ([401], 502, "api_error"),
+        ([402, "closed"], 502, "api_error"),
+        ([401, "silent"], 504, "timeout_error"),
         (["html"], 502, "api_error"),
         (["closed", "html"], 502, "api_error"),
         (["silent"], 504, "timeout_error"),
@@ -1176,6 +1314,42 @@ def test_when_no_upstream_answered_at_all_the_error_is_our_own(upstream, proxy, 
     assert (given.upstream, given.attempts) == (None, len(said))
     assert given.header("content-type") == "application/json"
     assert given.json()["request_id"] == given.header("request-id")
+
+
+ACCOUNT_ERRORS = [
+    error(401, message="invalid key sk-test-a"),
+    error(402, message="pay for sk-test-a"),
+    error(403, message="the key sk-test-a is revoked"),
+    error(403, "billing_error", message="sk-test-a"),
+    error(400, message="Your credit balance is too low, sk-test-a"),
+]
+
+
+@pytest.mark.parametrize("reply", ACCOUNT_ERRORS)
+def test_an_error_about_an_upstream_s_account_never_reaches_the_client_as_it_is(upstream, proxy, reply):
+    given = proxy(upstream(reply)).ask()
+    assert (given.status, given.json()["error"]["type"]) == (502, "api_error")
+    assert "[redacted]" in given.json()["error"]["message"]
+    assert "sk-test-a" not in given.body.decode()
+    assert given.header("x-should-retry") == "false"
+
+
+@pytest.mark.parametrize("reply", ACCOUNT_ERRORS)
+def test_a_client_may_retry_where_only_some_accounts_are_out(upstream, proxy, reply):
+    given = proxy(upstream(reply), upstream(close_now())).ask()
+    assert given.status == 502
+    assert given.header("x-should-retry") is None
+
+
+def test_an_error_status_whose_body_stalls_is_decided_by_the_status(upstream, proxy, monkeypatch):
+    monkeypatch.setattr("aiproxy.proxy.attempt.ERROR_BODY_SECONDS", 0.2)
+    stalled = whole(529, b'{"type":"error"', then="hang", cut_at=5)
+    one = proxy(upstream(stalled), upstream(stalled), answer=30.0, first_byte=30.0)
+    began = time.monotonic()
+    given = one.ask()
+    assert time.monotonic() - began < 2
+    assert (given.status, given.json()["error"]["type"]) == (529, "overloaded_error")
+    assert one.outcomes() == [["ignored"], ["ignored"]]
 
 
 def test_an_upstream_s_error_comes_back_verbatim(upstream, proxy):
@@ -1242,7 +1416,7 @@ EVENTS_200 = b"200 OK\r\ncontent-type: text/event-stream\r\n"
 
 
 def test_an_answer_of_64_mb_passes_and_a_larger_one_is_a_fault(upstream, proxy):
-    fill = b'{"a":"' + b"x" * (MB - 6)
+    fill = b'{"type":"message","a":"' + b"x" * (MB - 23)
     sizes = {"b": 64 * MB, "a": 64 * MB + 1}
 
     def sized(size):
@@ -1262,11 +1436,13 @@ def test_an_answer_of_64_mb_passes_and_a_larger_one_is_a_fault(upstream, proxy):
 
 
 @pytest.mark.parametrize("status", [b"400 Bad", b"529 Overloaded"])
-def test_an_error_body_over_16_mb_is_a_fault_and_no_error(upstream, proxy, status):
+def test_an_error_body_over_16_mb_is_replaced_by_one_of_ours(upstream, proxy, status):
     head = status + b"\r\ncontent-type: application/json\r\ncontent-length: %d" % (17 * MB)
     one = proxy(upstream(pouring(head, b"x" * MB, 17)))
-    assert one.ask().status == 502
-    assert one.outcomes() == [["failure"]]
+    given = one.ask()
+    assert given.status == int(status[:3])
+    assert given.json()["type"] == "error"
+    assert one.outcomes() == [["ignored"]]
 
 
 def test_an_error_body_of_16_mb_passes(upstream, proxy):
@@ -1349,7 +1525,7 @@ def test_a_bug_of_ours_after_a_refusal_charges_nobody(upstream, proxy, monkeypat
     with monkeypatch.context() as broken:
         broken.setattr("aiproxy.proxy.attempt.Attempt._whole", lambda *_: 1 / 0)
         assert one.ask().status == 500
-    assert one.outcomes() == [["undecided"], ["undecided"]]
+    assert one.outcomes() == [["ignored"], ["ignored"]]
 
 
 # ------------------------------------------------------------------------------------------ all at once
@@ -1360,8 +1536,8 @@ def test_many_requests_at_once_settle_every_permit_and_get_their_own_answers(ups
         text = request.json()["messages"][0]["content"]
         answer(text)(wire, request)
 
-    resting = error(429, headers=[("retry-after", "0")])
-    turns = itertools.cycle([echo, close_now(), echo, error(500), echo, resting])
+    limited = error(429, headers=[("retry-after", "0.01")])
+    turns = itertools.cycle([echo, close_now(), echo, error(500), echo, limited])
     lock = threading.Lock()
 
     def moody(wire, request):

@@ -106,7 +106,9 @@ def test_the_media_type_is_told_without_its_parameters():
         ("20", 20.0),
         ("1.5", 1.5),
         ("0", 0.0),
-        ("-3", 0.0),
+        ("-3", None),
+        ("inf", None),
+        ("1e999", None),
         ("Sun, 22 Nov 2026 12:01:00 GMT", 60.0),
         ("Sun, 22 Nov 2026 11:00:00 GMT", 0.0),
         ("soon", None),
@@ -117,3 +119,31 @@ def test_the_media_type_is_told_without_its_parameters():
 )
 def test_retry_after_is_seconds_or_an_http_date(value, seconds):
     assert seconds_of(value, datetime(2026, 11, 22, 12, 0, 0, tzinfo=UTC)) == seconds
+
+
+@pytest.mark.parametrize(
+    ("value", "sent"),
+    [
+        ("20", "20"),
+        ("0", "0"),
+        ("1.2", "2"),
+        ("Fri, 31 Dec 1999 23:59:59 GMT", "0"),
+        *((value, None) for value in ("inf", "nan", "-5", "soon", "")),
+    ],
+)
+def test_a_client_gets_retry_after_in_whole_seconds_or_not_at_all(value, sent):
+    assert dict(to_client([("Retry-After", value)])).get("retry-after") == sent
+
+
+@pytest.mark.parametrize(("value", "sent"), [("1500", "1500"), ("1.5", None), ("-1", None), ("inf", None)])
+def test_a_client_gets_retry_after_ms_only_where_it_is_a_number(value, sent):
+    assert dict(to_client([("retry-after-ms", value)])).get("retry-after-ms") == sent
+
+
+@pytest.mark.parametrize(
+    "name",
+    "x-claude-gateway-user-id x-claude-gateway-user-email x-litellm-end-user-id x-auth-request-user "
+    "x-auth-request-email x-forwarded-email x-forwarded-user".split(),
+)
+def test_who_the_user_is_stays_here(name):
+    assert name not in dict(to_upstream([(name, "someone")], CREDENTIAL, []))

@@ -54,6 +54,7 @@ def busy(metrics):
     metrics.attempt("one", "answered", 0.3)
     metrics.attempt("two", "counted", 0.1)
     metrics.answer("one", 12.0, USED)
+    metrics.client_tokens("me", "claude-x", "complete", USED)
     metrics.stream_began()
     metrics.circuits({"one": "closed", "two": "open"})
     metrics.reloaded("applied")
@@ -160,7 +161,9 @@ def test_the_exposition_is_prometheus_text_about_nothing_else():
     assert types == {
         "aiproxy_answer_seconds": "histogram",
         "aiproxy_attempts_total": "counter",
+        "aiproxy_build_info": "gauge",
         "aiproxy_circuit_state": "gauge",
+        "aiproxy_client_tokens_total": "counter",
         "aiproxy_first_byte_seconds": "histogram",
         "aiproxy_reloads_total": "counter",
         "aiproxy_requests_total": "counter",
@@ -168,6 +171,18 @@ def test_the_exposition_is_prometheus_text_about_nothing_else():
         "aiproxy_tokens_total": "counter",
     }
     assert b"_created" not in body
+
+
+def test_tokens_are_also_counted_by_client_and_model():
+    metrics = Metrics()
+    metrics.know_models(["claude-x"])
+    report = Report(input_tokens=5, output_tokens=7)
+    metrics.client_tokens("alice", "claude-x", "complete", report)
+    metrics.client_tokens("alice", "claude-x", "complete", report)
+    metrics.client_tokens(None, "claude-x", "complete", report)
+    name, labels = "aiproxy_client_tokens_total", {"model": "claude-x", "kind": "output"}
+    assert figure(metrics, name, client="alice", **labels) == 14
+    assert figure(metrics, name, client="anonymous", **labels) == 7
 
 
 def test_a_configured_model_has_its_name_whatever_the_outcome():

@@ -411,8 +411,6 @@ def test_must_stream_upstreams_that_all_break_off_raise_a_server_error(client, c
 
 CLASSES = {
     400: (anthropic.BadRequestError, "invalid_request_error"),
-    401: (anthropic.AuthenticationError, "authentication_error"),
-    402: (anthropic.PaymentRequiredError, "billing_error"),
     403: (anthropic.PermissionDeniedError, "permission_error"),
     404: (anthropic.NotFoundError, "not_found_error"),
     409: (anthropic.ConflictError, "conflict_error"),
@@ -452,8 +450,7 @@ def test_errors_are_raised_as_the_sdk_s_own_class_with_their_bytes(client, a, b,
     ("status", "message", "details"),
     [
         (400, "prompt is too long: 210000 tokens > 200000 maximum", None),
-        (400, "You have reached your specified API usage limits. You will regain access on …", None),
-        (400, "x", {"error_code": "organization_on_hold", "until": None}),
+        (400, "x", {"error_code": "image_dimensions_too_large", "until": None}),
         (404, "model: claude-x", {"error_code": "thread_not_found"}),
         (413, "x", {"error_code": "request_body_too_large_after_decoding"}),
         (429, "x", {"error_code": "enforced_spend_limit_reached"}),
@@ -469,6 +466,21 @@ def test_old_wording_and_new_details_pass_unmodified(client, a, b, status, messa
     assert caught.value.api_message == message
     assert caught.value.error_code == (details or {}).get("error_code")
     assert caught.value.body == body
+
+
+@pytest.mark.parametrize("status", [401, 402])
+def test_an_error_about_an_upstream_s_account_is_a_server_error_that_is_not_retried(proxy, a, b, status):
+    for fake in (a, b):
+        fake.script(*[error(status, message="the account is out")] * 3)
+    with (
+        anthropic.Anthropic(base_url=proxy.url, api_key="any-text", max_retries=2) as client,
+        pytest.raises(anthropic.InternalServerError) as caught,
+    ):
+        client.messages.create(**ASK)
+    assert caught.value.status_code == 502
+    assert "the account is out" in caught.value.api_message
+    assert caught.value.response.headers["x-aiproxy-attempts"] == "2"
+    assert len(a.seen) + len(b.seen) == 2
 
 
 def test_the_sdk_s_own_retries_see_retry_hints(proxy, a, b):

@@ -276,7 +276,7 @@ def test_the_ready_line_s_curl_command_works_in_the_demo(demo):
     status, message = run_as_a_user_would(command)
     assert status == 200
     assert message["type"] == "message"
-    demo.wait_for_log(r"attempt .* upstream=demo-overloaded .* status=529")
+    demo.wait_for_log(r"attempt .* upstream=demo-failing .* status=500")
     demo.wait_for_log(r"done .* upstream=demo-answers")
 
 

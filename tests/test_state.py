@@ -197,7 +197,7 @@ def test_one_process_at_a_time_makes_a_trial(process, short_cooldown):
     trial = a.trial()
     assert trial.kind is Pass.TRIAL
     assert b.try_again() is None
-    a.settle(trial, Outcome.UNDECIDED)
+    a.settle(trial, Outcome.IGNORED)
     b.trial(limit=1.0)
 
 
@@ -255,7 +255,7 @@ def test_a_rest_is_shared_and_the_later_one_holds(process):
     a, b = process(), process()
     permits = [(a, a.breaker.acquire(), 20), (b, b.breaker.acquire(), 10)]
     for one, permit, seconds in permits:
-        one.upstream.shared.tell(one.breaker.rest(permit, seconds) or Change("resting", seconds), permit)
+        one.upstream.shared.tell(one.breaker.back_off(permit, seconds) or Change("resting", seconds), permit)
     for one in (a, b):
         await_that(lambda one=one: one.breaker.circuit().seconds == pytest.approx(20, abs=1))
 

@@ -28,10 +28,10 @@ def chromium(tmp_path_factory):
 @pytest.fixture
 def page(chromium, upstream, serve, config_of):
     """The page of a proxy whose upstream `a` has failed three times, open in the browser."""
-    upstreams = [upstream(*[error(529, message="<b>Busy</b>")] * 3), upstream()]
+    upstreams = [upstream(*[error(500, message="<b>Busy</b>")] * 3), upstream()]
     served = serve(config_of(upstreams, admin_key=KEY))
     with RawClient.to(served.url) as client:
-        for _ in range(4):
+        for _ in range(6):
             client.post(ASK)
             assert client.read().status == 200
     chromium.call("Network.setExtraHTTPHeaders", headers={"authorization": BASIC})
@@ -55,7 +55,7 @@ def test_it_shows_what_happened_without_a_script_and_asks_nobody_else(page):
     assert states(page) == ["circuit open", "in use"]
     text = page.look("document.body.innerText")
     assert "3 failures in a row; tried again in 30 min" in text
-    assert text.count("status 529: <b>Busy</b>") == 3
+    assert text.count("status 500: <b>Busy</b>") == 3
     assert "100% of 50%" in text
     assert page.look("document.querySelectorAll('svg rect.badbar').length") >= 1
     assert page.logged("Log.entryAdded") == page.logged("Runtime.exceptionThrown") == []

@@ -160,7 +160,6 @@ def test_a_message_made_without_a_thread_is_not_remembered(upstream):
         {"type": "continue", "previous_message_id": None},
         {"type": "continue", "previous_message_id": ["msg_a_1"]},
         {"type": "continue", "previous_message_id": ""},
-        {"type": "continue", "previous_message_id": "\ud800"},
         {"type": "fork", "previous_message_id": "msg_a_1"},
     ],
 )
@@ -230,12 +229,12 @@ def test_nor_does_it_wipe_out_the_failures_before_it(upstream):
     [
         (None, error(404, details=LOST)),
         (CREATE, error(404, details=LOST)),
-        (following("msg_x"), error(404, message="model: m")),
-        (following("msg_x"), whole(404, b"<html>", content_type="text/html")),
-        (following("msg_x"), error(400, details={"error_code": "thread_not_found"})),
+        (CREATE, error(400)),
+        (following("msg_x"), error(500)),
+        (following("msg_x"), close_now()),
     ],
 )
-def test_any_other_refusal_is_failed_over_as_ever(upstream, thread, refusal):
+def test_a_request_that_continues_no_thread_or_met_a_failure_is_tried_elsewhere(upstream, thread, refusal):
     reply = ask(client_of(upstream(refusal), upstream()), thread)
     assert (reply.status_code, maker(reply), attempts(reply)) == (200, "b", 2)
 
@@ -262,16 +261,22 @@ def test_what_the_owner_refuses_no_other_is_asked(upstream, status, code):
 
 
 @pytest.mark.parametrize(
-    "failures",
-    [[error(500)] * 3, [error(529)] * 3, [close_now()] * 4],  # a kept connection that closes is tried again
+    ("failures", "attempts_made"),
+    [
+        ([error(500)] * 3, (2, 2, 2, 1)),
+        ([error(529)], (2, 1, 1)),  # its model is in backoff from then on
+        ([close_now()] * 4, (2, 2, 2, 1)),  # a kept connection that is dead is tried again
+    ],
 )
-def test_when_the_owner_is_down_the_client_learns_that_the_thread_is_not_found(upstream, failures):
+def test_when_the_owner_is_down_the_client_learns_that_the_thread_is_not_found(
+    upstream, failures, attempts_made
+):
     # It then sends the whole conversation, which any other can answer.
     owner = upstream(default=Account("a"))
     client = client_of(owner, upstream(default=Account("b")))
     made = id_of(ask(client, CREATE))
     owner.script(*failures)
-    for tried in (2, 2, 2, 1):
+    for tried in attempts_made:
         reply = ask(client, following(made))
         assert (reply.status_code, attempts(reply)) == (404, tried)
         assert reply.get_json()["error"]["details"] == LOST
@@ -426,7 +431,7 @@ def test_the_tool_runner_recovers_when_its_account_has_lost_the_thread(upstream,
 def test_the_tool_runner_recovers_when_the_proxy_has_forgotten_the_owner(
     upstream, serve, config_of, tmp_path
 ):
-    app = "import os\nimport aiproxy.upstreams.threads\naiproxy.balancing.threads.LIFETIME = -1.0\n"
+    app = "import os\nimport aiproxy.upstreams.threads\naiproxy.upstreams.threads.LIFETIME = -1.0\n"
     app += "from aiproxy.app import create_app\nfrom aiproxy.config import load, path_from\n"
     app += "app = create_app(load(path_from(os.environ)))\n"
     directory = tmp_path / "app"
@@ -477,14 +482,15 @@ def test_what_only_one_account_has_is_not_failed_over_on_a_4xx(upstream, extra, 
     for status in (400, 401, 402, 403, 404, 408, 409, 413, 422, 429):
         first.script(error(status, message="not mine"))
         reply = ask(client, headers=headers, **extra)
-        assert (reply.status_code, reply.get_json()["error"]["message"]) == (status, "not mine")
+        assert reply.status_code == (502 if status in (401, 402) else status)
+        assert reply.get_json()["error"]["message"].endswith("not mine")
         assert attempts(reply) == 1
     assert other.connections == 0
 
 
 @pytest.mark.parametrize(("extra", "headers"), BOUND)
 def test_but_it_is_on_a_5xx_and_on_a_broken_connection(upstream, extra, headers):
-    failures = [error(500), error(503), error(529), events([error_event()]), close_now()]
+    failures = [error(500), error(503), events([error_event("api_error")]), close_now(), error(529)]
     first = upstream(*failures)
     client = client_of(first, upstream(), weights=[1000], breaker=BreakerSettings(failures=99))
     for _ in failures:

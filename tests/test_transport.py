@@ -205,11 +205,10 @@ def test_a_connection_whose_answer_has_arrived_but_was_not_read_is_closed(transp
     a.wait_left()
 
 
-@pytest.mark.parametrize("status", [101, 103])
-def test_a_connection_with_an_interim_answer_is_closed(transport, upstream, status):
-    a = upstream(raw(b"HTTP/1.1 %d Interim\r\n\r\n" % status, "hang"))
+def test_a_connection_that_switches_protocols_is_closed(transport, upstream):
+    a = upstream(raw(b"HTTP/1.1 101 Switching Protocols\r\n\r\n", "hang"))
     call = begin(transport, a)
-    assert call.status == status
+    assert call.status == 101
     call.close()
     a.wait_left()
 
@@ -865,7 +864,7 @@ def _flat(headers):
 def test_bodies_go_on_byte_for_byte_or_with_the_model_spliced(upstream, serve, config_of):
     a = upstream()
     served = serve(config_of([{"base_url": a, "model_mappings": {"alias": 'the "real" one'}}]))
-    odd = ' \n{ "model" :\t"claude-x", "a":1.10,"b":1e400,"c":"\\ud800\\u00e9é","a":2, "z":[ ] }\r\n'.encode()
+    odd = ' \n{ "model" :\t"claude-x", "a":1.10,"b":1e400,"c":"\\u00e9é","a":2, "z":[ ] }\r\n'.encode()
     large = b'{"model":"claude-x","padding":"' + "\N{GRINNING FACE}".encode() * 500_000 + b'"}'
     with RawClient.to(served.url) as client:
         for body, chunked in ((odd, False), (odd, True), (large, False), (large, True)):
@@ -876,9 +875,7 @@ def test_bodies_go_on_byte_for_byte_or_with_the_model_spliced(upstream, serve, c
     assert [
         request.body == body for request, body in zip(a.seen, (odd, odd, large, large), strict=False)
     ] == [True] * 4
-    assert a.seen[4].body == (
-        b'{"model":"the \\"real\\" one","a":2,"b":1e400,"c":"\\ud800\\u00e9\xc3\xa9","z":[ ]}'
-    )
+    assert a.seen[4].body == (b'{"model":"the \\"real\\" one","a":2,"b":1e400,"c":"\\u00e9\xc3\xa9","z":[ ]}')
     for request in a.seen:
         assert request.every("content-length") == [str(len(request.body))]
         assert request.every("transfer-encoding") == []

@@ -137,8 +137,6 @@ def test_the_tool_runner_s_threads_work_over_two_accounts(run, at):
     ("status", "kind"),
     [
         (400, "BadRequestError"),
-        (401, "AuthenticationError"),
-        (402, "PaymentRequiredError"),
         (403, "PermissionDeniedError"),
         (404, "NotFoundError"),
         (413, "ContentTooLargeError"),

@@ -17,7 +17,18 @@ import pytest
 import requests
 import yaml
 from conftest import ROOT, Served
-from fakes import HOST, Ended, FakeUpstream, RawClient, error, events, free_port, message_events, whole
+from fakes import (
+    HOST,
+    Ended,
+    FakeUpstream,
+    RawClient,
+    answer,
+    error,
+    events,
+    free_port,
+    message_events,
+    whole,
+)
 
 from aiproxy.app import create_app
 from aiproxy.config import BreakerSettings, Config, UpstreamSettings
@@ -463,10 +474,10 @@ def test_a_bug_of_ours_is_a_500_without_details(monkeypatch, place):
 @pytest.mark.parametrize(
     ("place", "meanwhile"),
     [
-        ("aiproxy.proxy.attempt.to_upstream", whole(200, b"{}")),
-        ("aiproxy.proxy.attempt._read", whole(200, b"{}")),
-        ("aiproxy.proxy.course.rule_for", error(500)),
-        ("aiproxy.proxy.forwarder.Attempt", whole(200, b"{}")),
+        ("aiproxy.proxy.attempt.to_upstream", answer()),
+        ("aiproxy.proxy.attempt._read", answer()),
+        ("aiproxy.proxy.exchange.decide", error(500)),
+        ("aiproxy.proxy.failover.Attempt", answer()),
     ],
 )
 def test_a_bug_gives_the_permit_back(upstream, monkeypatch, capsys, place, meanwhile):
@@ -485,14 +496,14 @@ def test_a_bug_gives_the_permit_back(upstream, monkeypatch, capsys, place, meanw
     assert trial.json["error"]["message"].startswith("Internal error")
     capsys.readouterr()
     # Were the trial still running, this one would get through as a last resort only.
-    fake.script(*[] if len(fake.seen) == 2 else [whole(200, b"{}")])
+    fake.script(*[] if len(fake.seen) == 2 else [answer()])
     assert client.post("/v1/messages", json=ASK).status_code == 200
     out = capsys.readouterr().out
     assert "state=trial" in out
     assert "state=closed" in out
 
 
-@pytest.mark.parametrize("place", ["views._request", "views._log_arrival", "views._response"])
+@pytest.mark.parametrize("place", ["views._request", "views._log_arrival", "views.response"])
 def test_a_bug_gives_the_place_in_flight_back(monkeypatch, place):
     def bug(*args, **kwargs):
         monkeypatch.undo()
@@ -573,7 +584,7 @@ def test_http_1_0_clients_get_streams_without_chunks(proxy, a):
 
 def test_pipelined_requests_are_answered_in_order(client, a):
     for n in range(4):
-        a.script(whole(200, b'{"number":%d}' % n))
+        a.script(whole(200, b'{"type":"message","number":%d}' % n))
     wrong = b"GET /nowhere HTTP/1.1\r\nhost: x\r\n\r\n"
     client.send(WHOLE + WHOLE + wrong + WHOLE + WHOLE)
     answers = [client.read() for _ in range(5)]
@@ -627,3 +638,25 @@ def test_an_old_client_that_keeps_its_connection_is_answered_on_it_again(client,
         client.send(f"{head}content-length: {len(SPELT)}\r\n\r\n".encode() + SPELT)
         assert client.read().status == 200
     assert len(a.seen) == 3
+
+
+@pytest.mark.parametrize(("method", "path"), [("POST", "/v1/v1/messages"), ("GET", "/v1/v1/models")])
+def test_a_base_url_that_ends_in_v1_is_named_as_the_mistake(method, path):
+    response = in_process("demo://answers").open(path, method=method, json=ASK)
+    assert (response.status_code, response.json["error"]["type"]) == (400, "invalid_request_error")
+    assert "ANTHROPIC_BASE_URL must not end in /v1" in response.json["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [("/nowhere", ASK, 404), ("/v1/messages", [], 400), ("/v1/models", ASK, 405)],
+)
+def test_our_own_errors_that_a_retry_cannot_mend_say_so(path, body, status):
+    response = in_process("demo://answers").post(path, json=body)
+    assert (response.status_code, response.headers["x-should-retry"]) == (status, "false")
+
+
+def test_our_own_errors_that_a_retry_may_mend_do_not():
+    response = in_process(f"http://{HOST}:{free_port()}").post("/v1/messages", json=ASK)
+    assert response.status_code == 502
+    assert "x-should-retry" not in response.headers

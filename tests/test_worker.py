@@ -41,7 +41,7 @@ def shared(tmp_path_factory):
         (b"POST / HTTP/1.1\r\nhost: a\r\nAuthorization= Bearer sk-test-secret-0001\r\n\r\n", 400),
         (b"sk-test-secret-0001\r\n\r\n", 400),
         (b"POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: sk-test-secret-0001\r\n\r\n", 501),
-        (b"POST / HTTP/1.1\r\nx: " + b"sk-test-secret-0001" * 1000 + b"\r\n\r\n", 431),
+        (b"POST / HTTP/1.1\r\nx: " + b"sk-test-secret-0001" * 4000 + b"\r\n\r\n", 431),
         (b"POST /" + b"sk-test-secret-0001" * 500 + b" HTTP/1.1\r\n\r\n", 414),
     ],
 )

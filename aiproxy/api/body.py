@@ -1,8 +1,8 @@
 """The request body: the few top-level members that routing needs, and splicing `model` and `stream`.
 
-Nothing else in a body is looked at, validated or rewritten: every other value keeps its bytes. JSON
-is read with msgspec; what it refuses though the standard library accepts it (an escaped lone
-surrogate) is read again with the standard library instead of being refused.
+Nothing else in a body is looked at, validated or rewritten: every other value keeps its bytes. JSON is read
+strictly, with msgspec; a request body that it refuses is refused. Events of upstreams are read again with the
+standard library, since a character may be split over two of them as halves of a surrogate pair.
 """
 
 import json
@@ -16,6 +16,8 @@ from ..errors import ApiError
 
 _MEMBERS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _WHITE_SPACE = re.compile(r"[ \t\n\r]*")
+#: Top-level members that a body may have; the API knows some thirty.
+_MOST_MEMBERS = 1000
 
 
 class _Message(msgspec.Struct):
@@ -51,7 +53,11 @@ class Body(msgspec.Struct, frozen=True):
         if stream != self.stream:
             members["stream"] = b"true" if stream else b"false"
         # One copy in all: a body may be megabytes long.
-        pieces = [piece for name, value in members.items() for piece in (b",", _key(name), b":", value)]
+        pieces = [
+            piece
+            for name, value in members.items()
+            for piece in (b",", msgspec.json.encode(name), b":", value)
+        ]
         return b"".join([b"{", *pieces[1:], b"}"])
 
     def preview(self) -> str:
@@ -88,13 +94,10 @@ def _last_user_message(messages: bytes) -> _Message | None:
 def read(raw: bytes) -> Body:
     """Read what routing needs.
 
-    Raises `ApiError` 400 for a body that is no JSON object, has no string `model`, or has a `stream`
-    that is no boolean.
+    Raises `ApiError` 400 for a body that is not a JSON object, has more than 1,000 members, has no string
+    `model` or two of them, or has a `stream` that is not a boolean.
     """
-    try:
-        fields = members(raw)
-    except ValueError:
-        raise _invalid("The request body is not a JSON object.") from None
+    fields = _members_of_request(raw)
     model = text(fields.get("model", b"null"))
     if not model:
         raise _invalid("model: a non-empty string is required.")
@@ -102,6 +105,34 @@ def read(raw: bytes) -> Body:
     if stream not in (b"true", b"false", b"null"):
         raise _invalid("stream: expected true or false.")
     return Body(raw=raw, members=fields, model=model, stream=stream == b"true")
+
+
+class _Name(str):
+    """The name of a top-level member; msgspec shows each one to `take` below while it reads."""
+
+
+def _members_of_request(raw: bytes) -> dict[str, bytes]:
+    """As `members`, but what clients get wrong is refused at once. Raises `ApiError` 400."""
+    names: set[str] = set()
+    twice: list[str] = []
+
+    def take(_: type, name: str) -> _Name:
+        if name in names and name in ("model", "stream"):
+            twice.append(name)
+        names.add(name)
+        if len(names) > _MOST_MEMBERS:
+            raise ValueError("it has too many members")
+        return _Name(name)
+
+    try:
+        fields = msgspec.json.decode(raw, type=dict[_Name, msgspec.Raw], dec_hook=take)
+    except RecursionError:
+        raise _invalid("The request body is nested too deeply.") from None
+    except msgspec.DecodeError as error:
+        raise _invalid(f"The request body is not a JSON object: {str(error)[:200]}") from None
+    if twice:
+        raise _invalid(f"{twice[0]}: given twice.")
+    return {str(name): bytes(value).strip() for name, value in fields.items()}
 
 
 def members(raw: bytes) -> dict[str, bytes]:
@@ -179,13 +210,6 @@ def _expect(source: str, at: int, sign: str) -> int:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
-
-
-def _key(name: str) -> bytes:
-    try:
-        return msgspec.json.encode(name)
-    except UnicodeEncodeError:  # a lone surrogate: only an escape can write it
-        return json.dumps(name).encode()
 
 
 def _text_of(content: bytes) -> str:

@@ -8,7 +8,6 @@ nested objects and unknown members keep their bytes, and text is joined in its e
 
 import json
 import re
-from collections.abc import Iterable
 
 from .body import members, text
 from .sse import Event
@@ -37,6 +36,9 @@ class Collector:
         self.repaired = False  # a tool input was cut off and has been completed
         self._partial_strings = partial_strings
         self._message: dict[str, bytes] | None = None
+        self._usage: dict[str, bytes] | None = (
+            None  # read once: a stream may have many `message_delta` events
+        )
         self._blocks: dict[int, _Block] = {}
 
     def feed(self, event: Event) -> None:
@@ -61,7 +63,8 @@ class Collector:
             raise Malformed("the stream ended before message_stop")
         content = _elements(self._message.get("content", b"null"))
         content += [block.written() for _, block in sorted(self._blocks.items())]
-        return _written({**self._message, "content": _list(content)})
+        usage = {} if self._usage is None else {"usage": _written(self._usage)}
+        return _written({**self._message, **usage, "content": _list(content)})
 
     def _go_on(self, message: dict[str, bytes], event: Event) -> None:
         match event.name:
@@ -71,15 +74,31 @@ class Collector:
             case b"content_block_start":
                 self._start_block(message, _read(event))
             case b"content_block_stop":
-                self._settle([self._block(_read(event))])
+                self._block(_read(event))  # must have been started; its input is read once, at the end
             case b"message_delta":
-                _overlay(message, _read(event))
+                self._overlay(message, _read(event))
             case b"message_stop":
                 _read(event)
-                self._settle(self._blocks.values())  # those that no content_block_stop ended
+                for block in self._blocks.values():
+                    self.repaired |= block.settle(self._partial_strings)
                 self.complete = True
             case b"message_start":
                 raise Malformed("a second message_start")
+
+    def _overlay(self, message: dict[str, bytes], event: dict[str, bytes]) -> None:
+        """Lay a `message_delta` over the message; usage figures are cumulative, so they replace too."""
+        delta = _object(_required(event, "delta"))
+        for fields in (delta, event):
+            for name, value in fields.items():
+                says_something = value != b"null" or (fields is delta and name in _STOP_MEMBERS)
+                if says_something and name not in _NEVER_OVERLAID:
+                    message[name] = value
+        figures = _object_or_empty(event.get("usage", b"null"))
+        news = {name: value for name, value in figures.items() if value != b"null"}
+        if news:
+            if self._usage is None:
+                self._usage = _object_or_empty(message.get("usage", b"null"))
+            self._usage.update(news)
 
     def _start_block(self, message: dict[str, bytes], fields: dict[str, bytes]) -> None:
         index = _index(fields)
@@ -98,10 +117,6 @@ class Collector:
             raise Malformed("an event is about a content block that was not started")
         return block
 
-    def _settle(self, blocks: "Iterable[_Block]") -> None:
-        for block in blocks:
-            self.repaired |= block.settle(self._partial_strings)
-
 
 class _Block:
     """One content block: its start as it came, and what its deltas add or replace."""
@@ -116,7 +131,6 @@ class _Block:
         self._strings: dict[str, list[bytes]] = {}
         self._citations: list[bytes] = []
         self._input: list[bytes] = []
-        self._settled = 0  # pieces of `_input` that `settle` has seen
 
     def add(self, delta: dict[str, bytes]) -> None:
         """Take a delta; one that is unknown or does not fit the block changes nothing."""
@@ -139,9 +153,8 @@ class _Block:
 
     def settle(self, partial_strings: bool) -> bool:
         """Read the tool input that has come; whether it was cut off and had to be completed."""
-        if len(self._input) == self._settled:
+        if not self._input:
             return False
-        self._settled = len(self._input)
         source = text(b'"' + b"".join(self._input) + b'"') or ""
         # Only half of a surrogate pair cannot be encoded, and its replacement is the JSON escape for it.
         value = source.encode(errors="backslashreplace")
@@ -166,20 +179,6 @@ class _Block:
             first = self.fields.get(name, b"null")
             pieces = self._strings[name] = [] if first == b"null" else [_inside(first)]
         pieces.append(_inside(value))
-
-
-def _overlay(message: dict[str, bytes], event: dict[str, bytes]) -> None:
-    """Lay a `message_delta` over the message; usage figures are cumulative, so they replace too."""
-    delta = _object(_required(event, "delta"))
-    for fields in (delta, event):
-        for name, value in fields.items():
-            says_something = value != b"null" or (fields is delta and name in _STOP_MEMBERS)
-            if says_something and name not in _NEVER_OVERLAID:
-                message[name] = value
-    figures = _object_or_empty(event.get("usage", b"null"))
-    news = {name: value for name, value in figures.items() if value != b"null"}
-    if news:
-        message["usage"] = _written({**_object_or_empty(message.get("usage", b"null")), **news})
 
 
 # Reading and writing raw JSON
@@ -264,6 +263,9 @@ _FIRST_ELEMENT = _VALUE + b"]"
 _KEY = b'"'
 _FIRST_KEY = _KEY + b"}"
 
+#: Tokens of a tool input that was cut off, some 0.3 s of computing. A text of megabytes is one token.
+_MOST_TOKENS = 100_000
+
 _TOKEN = re.compile(
     rb"""
     [ \t\n\r]*+
@@ -293,7 +295,7 @@ def _completed(raw: bytes, partial_strings: bool) -> bytes:
     """
     beginning = _Beginning()
     at = 0
-    while True:
+    for _ in range(_MOST_TOKENS):
         token = _TOKEN.match(raw, at)
         if token is None:
             raise Malformed("a tool input is not JSON")
@@ -301,6 +303,8 @@ def _completed(raw: bytes, partial_strings: bool) -> bytes:
             break
         beginning.take(token, token.lastgroup, partial_strings)
         at = token.end()
+    else:
+        raise Malformed("a tool input was cut off and is too intricate to be completed")
     value = raw[: beginning.kept] + beginning.quote + beginning.closers[::-1]
     if not beginning.closers or not _is_json(value):  # whole, yet no JSON: nested too deeply
         raise Malformed("a tool input is not JSON")

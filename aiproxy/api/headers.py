@@ -21,9 +21,10 @@ HOP_BY_HOP = frozenset(
 #: Of the client's own hop, of its identity, or set anew for the upstream.
 _REQUEST_ONLY_HERE = frozenset(
     "host content-length expect origin cookie cookie2 authorization x-api-key accept-encoding "
-    "forwarded via x-real-ip".split()
+    "forwarded via x-real-ip x-litellm-end-user-id".split()
 )
-_REQUEST_PREFIXES_ONLY_HERE = ("x-forwarded-", "cf-")
+#: The last two are a front gateway's, and say who the user is.
+_REQUEST_PREFIXES_ONLY_HERE = ("x-forwarded-", "cf-", "x-claude-gateway-user-", "x-auth-request-")
 
 #: Of the upstream's own hop; length and encoding are set anew from the bytes that go out.
 _RESPONSE_ONLY_HERE = frozenset("content-length set-cookie set-cookie2 server date alt-svc".split())
@@ -58,8 +59,9 @@ def to_client(upstream: Iterable[tuple[str, str]], decoded: bool = False) -> Pai
         dropped |= {"content-encoding"}
     return [
         (name, value)
-        for name, value in pairs
+        for name, value in map(_in_whole_seconds, pairs)
         if name not in dropped
+        and value is not None
         and not name.startswith("x-aiproxy-")  # another aiproxy's: ours takes their place
         and _TOKEN.fullmatch(name)
         and _VALUE.fullmatch(value)
@@ -76,6 +78,17 @@ def media_type(pairs: Iterable[tuple[str, str]]) -> str:
     return (value_of(pairs, "content-type") or "").partition(";")[0].strip().lower()
 
 
+def _in_whole_seconds(pair: tuple[str, str]) -> tuple[str, str | None]:
+    """A `retry-after` as Claude Code reads it, in whole seconds; without a value where it makes no sense."""
+    name, value = pair
+    if name == "retry-after":
+        seconds = seconds_of(value)
+        return name, None if seconds is None else str(math.ceil(seconds))
+    if name == "retry-after-ms":
+        return name, value if value.isascii() and value.isdigit() else None
+    return pair
+
+
 def _named_by_connection(pairs: Pairs) -> frozenset[str]:
     """The headers that `Connection` makes hop-by-hop."""
     named = ",".join(value for name, value in pairs if name == "connection").lower()
@@ -85,7 +98,7 @@ def _named_by_connection(pairs: Pairs) -> frozenset[str]:
 def seconds_of(retry_after: str | None, now: datetime | None = None) -> float | None:
     """The seconds a `retry-after` header asks for: a number or an HTTP date (RFC 9110 section 10.2.3).
 
-    Never negative; None where there is none or it makes no sense.
+    Never negative; None where there is none or it makes no sense, as a negative or endless time.
     """
     if retry_after is None:
         return None
@@ -98,4 +111,5 @@ def seconds_of(retry_after: str | None, now: datetime | None = None) -> float | 
             return None
         date = date if date.tzinfo else date.replace(tzinfo=UTC)
         seconds = (date - (now or datetime.now(UTC))).total_seconds()
-    return None if math.isnan(seconds) else max(0.0, seconds)
+        seconds = max(0.0, seconds)  # a date in the past
+    return seconds if 0 <= seconds < math.inf else None

@@ -89,6 +89,14 @@ class Framer:
         """Whether a part of the unfinished event has been passed on already."""
         return self._size > len(self._held)
 
+    @property
+    def ends_in_comment(self) -> bool:
+        """Whether the last line that is complete within the unfinished event is a comment."""
+        if not self._held.endswith((b"\n", b"\r")):
+            return False
+        line = bytes(self._held).rstrip(b"\r\n")
+        return line[max(line.rfind(b"\n"), line.rfind(b"\r")) + 1 :].startswith(b":")
+
     def feed(self, piece: bytes) -> bytes:
         """Take the next piece and return what may be passed on: all up to the end of the last blank line.
 

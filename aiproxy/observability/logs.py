@@ -173,6 +173,11 @@ def circuit(upstream: str, state: str, seconds: float | None = None, by: str | N
     line(level, "circuit", upstream=upstream, state=state, seconds=seconds or None, by=by)
 
 
+def backoff(upstream: str, model: str | None, seconds: float) -> None:
+    """An upstream, or one `model` of it, is not asked for so many seconds."""
+    line(logging.WARNING, "circuit", upstream=upstream, model=model, state="backoff", seconds=seconds)
+
+
 def exception(event: str, **fields: Value) -> None:
     """Write one line and the traceback of the exception in hand: a bug of ours."""
     told = "".join(traceback.format_exception(sys.exception()))

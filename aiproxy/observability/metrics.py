@@ -17,12 +17,20 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from prometheus_client.registry import Collector
 
+from .. import __version__
 from ..api.report import Report
 
 #: Models that no configuration names and that are yet counted by name, for each process.
 STRANGERS = 50
 #: Characters of such a model's name; a longer one is no model's.
 _LONGEST = 100
+#: Kinds of tokens and the figures of a report that they are.
+_KINDS = {
+    "input": "input_tokens",
+    "output": "output_tokens",
+    "cache_read": "cache_read_input_tokens",
+    "cache_write": "cache_creation_input_tokens",
+}
 _UNKNOWN, _OTHER = "unknown", "other"
 _DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
 _CIRCUIT_STATES = ("closed", "half_open", "resting", "open", "draining")
@@ -71,6 +79,7 @@ class Metrics:
         # What `labels` gives, found without its lock and its checks.
         self._request_counters: dict[tuple[str, str, str | None], Counter] = {}
         self._attempt_counters: dict[tuple[str, str], Counter] = {}
+        self._client_counters: dict[tuple[str | None, str], dict[str, Counter]] = {}
         self._first_bytes: dict[str, Histogram] = {}
         self._answers: dict[str, _Answers] = {}
         self._start_where_others_are()
@@ -91,6 +100,18 @@ class Metrics:
             if histogram is None:
                 histogram = self._first_bytes[upstream] = self._first_byte.labels(_clean(upstream))
             histogram.observe(first_byte)
+
+    def client_tokens(self, client: str | None, model: str, outcome: str, report: Report) -> None:
+        """The tokens of one exchange; the labels are those of `request`."""
+        label = model if model in self._models else self._stranger(model, outcome)
+        counters = self._client_counters.get((client, label))
+        if counters is None:
+            who = "anonymous" if client is None else _clean(client)
+            counters = {kind: self._client_tokens.labels(who, _clean(label), kind) for kind in _KINDS}
+            self._client_counters[client, label] = counters
+        for kind, name in _KINDS.items():
+            if tokens := getattr(report, name):
+                counters[kind].inc(tokens)
 
     def request(self, model: str, outcome: str, client: str | None) -> None:
         """One finished or refused request; `model` is empty where unknown, `client` None without a key."""
@@ -191,6 +212,12 @@ class Metrics:
             ("upstream", "kind"),
             registry=into,
         )
+        self._client_tokens = Counter(
+            "aiproxy_client_tokens_total",
+            "Tokens that upstreams say they used, by name of the client's key and model that it asked for.",
+            ("client", "model", "kind"),
+            registry=into,
+        )
         self._define_gauges(into)
 
     def _define_gauges(self, into: CollectorRegistry) -> None:
@@ -200,6 +227,13 @@ class Metrics:
             registry=into,
             multiprocess_mode="livesum",
         )
+        Gauge(
+            "aiproxy_build_info",
+            "1, with the version as a label.",
+            ("version",),
+            registry=into,
+            multiprocess_mode="max",
+        ).labels(__version__).set(1)
         self._circuits = Gauge(
             "aiproxy_circuit_state",
             "Worker processes in which the upstream's circuit is in the state: 1 or 0 with one worker.",

@@ -1,6 +1,6 @@
 """One attempt at one upstream: open, read up to the commit point, relay, settle once.
 
-Up to the commit point a failure costs the client nothing. From there on a `Relay` owns the attempt.
+Up to the commit point a failure costs the client nothing. From there on a `Stream` goes on.
 """
 
 import contextlib
@@ -13,46 +13,44 @@ from collections.abc import Iterator
 import msgspec
 
 from ..api import MESSAGES, sse
-from ..api.body import Body, members, text
+from ..api.body import members, text
 from ..api.collect import Collector, Malformed
 from ..api.headers import Pairs, media_type, seconds_of, to_client, to_upstream, value_of
 from ..api.report import Report
 from ..config import Timeouts
-from ..errors import STATUS_OF_TYPE
+from ..errors import error_body, type_of_status
 from ..observability import logs
-from ..policy import Fault
+from ..policy import Decision, Fault, Problem, status_of_type
 from ..transport.connection import Outgoing
 from ..transport.transport import Call, CallFailed, Transport
-from ..transport.watch import Deadline, Reason, Scope, Watcher
-from ..upstreams.balancer import Choice
-from ..upstreams.breaker import Outcome, Pass
-from .relay import AFTER_STOP, Relay
+from ..transport.watch import Deadline, Reason, Watcher
+from ..upstreams.balancer import Candidate
+from .request import Request
+from .stream import AFTER_STOP, Stream
 
 #: Bytes of a whole answer, of a collected stream, and of what is held before a stream's commit point.
 ANSWER_LIMIT = 64 * 1024 * 1024
 #: Bytes of an error's body.
 ERROR_LIMIT = 16 * 1024 * 1024
-#: Bytes read of an answer of the wrong type, to tell the log what it was.
+#: Seconds for which the body of an error status is awaited: the status alone decides.
+ERROR_BODY_SECONDS = 2.0
+#: Seconds after sending from which a `ping` or a comment before the first content commits a stream.
+PATIENCE = 15.0
+#: Bytes read of an answer of the wrong type, to show the log what it was.
 _SAMPLE = 4096
 
 _JSON, _EVENTS = "application/json", "text/event-stream"
 _MEDIA_TYPE = re.compile(r"(?:text|application|image|audio|video|multipart)/[a-z0-9.+-]{1,40}")
+_BEFORE_CONTENT = frozenset({b"message_start", b"ping"})
 _PARTIAL_STRINGS = "fine-grained-tool-streaming-2025-05-14"
 
 
-class Request(msgspec.Struct, frozen=True):
-    """What a client asked: the same for every attempt."""
+class ErrorBody(msgspec.Struct, frozen=True):
+    """What an error body says; empty strings where it does not."""
 
-    id: str
-    method: str
-    path: str
-    query: str
-    headers: tuple[tuple[str, str], ...]
-    body: Body
-    client: str | None  # the name of its key
-    secrets: tuple[str, ...]  # the client's credentials, so that no log shows them
-    began: float  # monotonic seconds
-    scope: Scope  # ends the request's calls when the client leaves
+    type: str = ""
+    message: str = ""
+    code: str = ""  # `error.details.error_code`
 
 
 class Failure(msgspec.Struct, frozen=True):
@@ -64,27 +62,22 @@ class Failure(msgspec.Struct, frozen=True):
     headers: Pairs = []
     body: bytes = b""
     retry_after: float | None = None  # seconds
+    error: ErrorBody = ErrorBody()
 
-
-def error_of(failure: Failure) -> dict[str, str | None]:
-    """The message and the `error_code` of an error body, None where it has none."""
-    try:
-        error = members(members(failure.body).get("error", b""))
-    except ValueError:
-        return {}
-    try:
-        code = text(members(error.get("details", b"")).get("error_code", b""))
-    except ValueError:
-        code = None
-    return {"message": text(error.get("message", b"")), "error_code": code}
+    @property
+    def problem(self) -> Problem:
+        """The failure as the policy sees it."""
+        return Problem(
+            self.fault, self.status, self.error.type, self.error.message, self.error.code, self.retry_after
+        )
 
 
 class Answer(msgspec.Struct, frozen=True):
-    """An attempt's answer, committed: whole, or a `Relay` that goes on."""
+    """An attempt's answer, committed: whole, or a stream that goes on."""
 
     status: int
     headers: Pairs
-    body: bytes | Relay
+    body: bytes | Stream
 
 
 class Tools(msgspec.Struct, frozen=True):
@@ -99,19 +92,19 @@ class Tools(msgspec.Struct, frozen=True):
 class Attempt:
     """Used by one thread at a time: the request's."""
 
-    def __init__(self, tools: Tools, choice: Choice, request: Request) -> None:
-        self.upstream = choice.upstream
+    def __init__(self, tools: Tools, candidate: Candidate, request: Request) -> None:
+        self.upstream = candidate.upstream
         self.report = Report()
         self.status: int | None = None
         self.upstream_request_id: str | None = None
         self.first_byte: float | None = None  # seconds from the attempt's start to the answer's head
         self.reconnected = False
-        self.model = choice.upstream.model_for(request.body.model)
+        self.model = candidate.upstream.model_for(request.body.model)
         self._tools = tools
         self._request = request
-        self._choice = choice
-        asks_for_message = request.path == MESSAGES
-        must_stream = choice.upstream.settings.must_stream and asks_for_message
+        self._candidate = candidate
+        self._asks_for_message = asks_for_message = request.path == MESSAGES
+        must_stream = candidate.upstream.settings.must_stream and asks_for_message
         self._collects = must_stream and not request.body.stream
         self._streams = must_stream or (request.body.stream and asks_for_message)
         self._began = time.monotonic()
@@ -120,36 +113,44 @@ class Attempt:
 
     @property
     def is_last_resort(self) -> bool:
-        """Whether its failure changes nothing."""
-        return self._choice.kind is Pass.LAST_RESORT
+        """Whether its failure does not count."""
+        return self._candidate.is_last_resort
 
     def run(self) -> Answer | Failure:
-        """Ask the upstream, up to the commit point. A failure's permit is still to be settled."""
-        relaying = False
+        """Ask the upstream, up to the commit point. The permit is still to be settled."""
+        streaming = False
         try:
             outcome = self._run()
-            relaying = isinstance(outcome, Answer) and isinstance(outcome.body, Relay)
+            streaming = isinstance(outcome, Answer) and isinstance(outcome.body, Stream)
         except CallFailed as failed:
             outcome = Failure(failed.fault, failed.detail)
         except sse.EventTooLarge:
             outcome = Failure(Fault.BROKEN, "an event is over the size limit")
         finally:
             self._forget_deadlines()
-            if self._call is not None and not relaying:
+            if self._call is not None and not streaming:
                 self._call.close()
         return outcome
 
-    def shown(self, error: bytes) -> bytes:
-        """See `relay.Owner`."""
-        return self._tools.redactor.answer(error)
+    def charge(self, decision: Decision) -> None:
+        """Settle the permit of a failed attempt as the policy decided."""
+        self._candidate.charge(decision)
 
-    def settle(self, outcome: Outcome) -> None:
-        """Give the permit back; only the first time counts."""
-        self._choice.settle(outcome)
+    def refused_alone(self) -> None:
+        """Another upstream answered the request that this one refused."""
+        self._candidate.refused_alone()
 
-    def rest(self, seconds: float) -> None:
-        """Give the permit back and let the upstream rest."""
-        self._choice.rest(seconds)
+    def succeed(self) -> None:
+        """Settle the permit: the answer is complete."""
+        self._candidate.succeed()
+
+    def fail(self) -> None:
+        """Settle the permit: the answer broke off after the commit point."""
+        self._candidate.fail()
+
+    def ignore(self) -> None:
+        """Settle the permit: the attempt says nothing about the upstream."""
+        self._candidate.ignore()
 
     def _run(self) -> Answer | Failure:
         call = self._send()
@@ -158,7 +159,7 @@ class Attempt:
         self.upstream_request_id = value_of(call.headers, "request-id")
         self._log_headers("upstream_answer", call.headers)
         if call.status >= 400:
-            return self._error(call.status, _read(call, ERROR_LIMIT), call.headers)
+            return self._error_status(call)
         if not 200 <= call.status < 300:
             return Failure(Fault.NO_ANSWER, f"status {call.status}")
         kind = media_type(call.headers)
@@ -221,9 +222,10 @@ class Attempt:
         except ValueError:
             return Failure(Fault.NO_ANSWER, "the body is no JSON object", body=body[:_SAMPLE])
         if _is_error(message):
-            return self._error(_status_of(message), body, call.headers)
+            return self._error(None, body, call.headers)
+        if self._asks_for_message and text(message.get("type", b"")) != "message":
+            return Failure(Fault.NO_ANSWER, "the body is not a Message", body=body[:_SAMPLE])
         self.report.note_answer(message)
-        self.settle(Outcome.SUCCESS)
         return Answer(call.status, to_client(call.headers, call.decoded), body)
 
     def _collected(self, call: Call) -> Answer | Failure:
@@ -250,37 +252,47 @@ class Attempt:
             return Failure(Fault.NO_ANSWER, f"no Message: {malformed}")
         if collector.repaired:
             logs.line(logging.WARNING, "repaired", id=self._request.id, what="a tool input that was cut off")
-        self.settle(Outcome.SUCCESS)
         headers = [pair for pair in to_client(call.headers, call.decoded) if pair[0] != "content-type"]
         return Answer(call.status, [*headers, ("content-type", _JSON)], message)
 
     def _stream(self, call: Call) -> Answer | Failure:
-        """Read up to the commit point: an event that is neither `message_start` nor the first `ping`."""
+        """Read up to the commit point: the first event that is neither `message_start` nor `ping`.
+
+        A `ping` or a comment that comes later than `PATIENCE` after sending commits, too: a client must not
+        wait longer for a sign of life. Each whole event or comment line renews the silence limit.
+        """
         framer = sse.Framer()
         pieces = call.pieces()
         held: deque[bytes] = deque()
-        pings = 0
         for piece in _limited(pieces, ANSWER_LIMIT):
             block = framer.feed(piece)
-            if not block:
+            if not block and not framer.ends_in_comment:
                 continue
-            held.append(block)
-            for event in sse.parse(block):
-                if event.name == b"error":
-                    return self._error_event(event.data, call.headers)
-                pings += event.name == b"ping"
-                if event.name != b"message_start" and (event.name != b"ping" or pings > 1):
-                    return self._commit(call, Relay(call, pieces, held, framer, self))
-            if framer.partial:
-                return self._commit(call, Relay(call, pieces, held, framer, self))
+            self._renew_silence(call)
+            if block:
+                held.append(block)
+            content = next((each for each in sse.parse(block) if each.name not in _BEFORE_CONTENT), None)
+            if content is not None and (content.name == b"error" or _is_error_data(content)):
+                return self._error_event(content.data, call.headers)
+            if content is not None and not content.name:
+                detail = "the events have no `event:` lines"
+                return Failure(Fault.NO_ANSWER, detail, body=content.data[:_SAMPLE])
+            is_late = time.monotonic() - self._began > PATIENCE
+            if content is not None or framer.partial or is_late:
+                return self._commit(call, Stream(call, pieces, held, framer, self.report))
         return Failure(Fault.NO_ANSWER, "the stream ended before its first content")
 
-    def _commit(self, call: Call, relay: "Relay") -> Answer:
+    def _renew_silence(self, call: Call) -> None:
+        self._forget_deadlines()
+        limit = self._tools.timeouts.first_byte
+        self._deadlines = [self._tools.watcher.deadline(call, limit, Reason.TIMEOUT)]
+
+    def _commit(self, call: Call, stream: Stream) -> Answer:
         self._forget_deadlines()
         call.check()  # the deadline may have passed this moment
         call.idle(self._tools.timeouts.idle)
-        self._choice.commit()
-        return Answer(call.status, to_client(call.headers, call.decoded), relay)
+        self._candidate.commit()
+        return Answer(call.status, to_client(call.headers, call.decoded), stream)
 
     def _wrong_type(self, call: Call, kind: str) -> Failure:
         """An answer that is neither the JSON nor the events that were asked for."""
@@ -303,24 +315,46 @@ class Attempt:
         except ValueError:
             return Failure(Fault.NO_ANSWER, detail, body=body[:_SAMPLE])
         if _is_error(message):
-            return self._error(_status_of(message), body, call.headers)
+            return self._error(None, body, call.headers)
         return Failure(Fault.NO_ANSWER, detail, body=body[:_SAMPLE])
 
-    def _error(self, status: int, body: bytes, headers: Pairs) -> Failure:
-        retry_after = seconds_of(value_of(headers, "retry-after"))
+    def _error_status(self, call: Call) -> Failure:
+        """An error by its HTTP status. A body that is late or incomplete is replaced by one of ours."""
+        self._forget_deadlines()
+        self._deadlines = [self._tools.watcher.deadline(call, ERROR_BODY_SECONDS, Reason.TIMEOUT)]
+        try:
+            return self._error(call.status, _read(call, ERROR_LIMIT), call.headers)
+        except CallFailed as failed:
+            if failed.fault in (Fault.CLIENT_LEFT, Fault.RESTART):
+                raise
+        message = f"The upstream answered with status {call.status} and no complete error."
+        body = error_body(type_of_status(call.status), message, self._request.id)
+        kept = [pair for pair in call.headers if pair[0] not in ("content-type", "content-encoding")]
+        return self._error(call.status, body, [*kept, ("content-type", _JSON)])
+
+    def _error(self, status: int | None, body: bytes, headers: Pairs) -> Failure:
+        """An error answer; without an HTTP `status` of 400 or more, its type says which one it counts as."""
+        error = error_body_of(body)
+        status = status_of_type(error.type) if status is None else status
         decoded = self._call is not None and self._call.decoded
         return Failure(
-            Fault.ERROR, f"status {status}", status, to_client(headers, decoded), body, retry_after
+            Fault.ERROR,
+            f"status {status}",
+            status,
+            to_client(headers, decoded),
+            body,
+            seconds_of(value_of(headers, "retry-after")),
+            error,
         )
 
     def _error_event(self, data: bytes, headers: Pairs) -> Failure:
         """An `error` event before the commit point: the error that it would have been without a stream."""
         try:
-            status = _status_of(members(data))
+            members(data)
         except ValueError:
-            return Failure(Fault.NO_ANSWER, "an error event that is no JSON object", body=data[:_SAMPLE])
+            return Failure(Fault.NO_ANSWER, "an error event that is not a JSON object", body=data[:_SAMPLE])
         kept = [pair for pair in headers if pair[0] != "content-type"]
-        return self._error(status, data, [*kept, ("content-type", _JSON)])
+        return self._error(None, data, [*kept, ("content-type", _JSON)])
 
 
 def _read(call: Call, limit: int) -> bytes:
@@ -354,10 +388,22 @@ def _is_error(message: dict[str, bytes]) -> bool:
     return text(message.get("type", b"null")) == "error" or message.get("error", b"null") != b"null"
 
 
-def _status_of(message: dict[str, bytes]) -> int:
-    """The HTTP status of an error body's type; 500 where it is unknown."""
+def _is_error_data(event: sse.Event) -> bool:
+    """Whether an event that has no name is an error."""
     try:
-        type_ = text(members(message.get("error", b"")).get("type", b"null"))
+        return not event.name and _is_error(members(event.data))
     except ValueError:
-        type_ = None
-    return STATUS_OF_TYPE.get(type_ or "", 500)
+        return False
+
+
+def error_body_of(body: bytes) -> ErrorBody:
+    """What an error body says, as far as it has the API's shape."""
+    try:
+        error = members(members(body).get("error", b""))
+    except ValueError:
+        return ErrorBody()
+    try:
+        code = text(members(error.get("details", b"")).get("error_code", b"")) or ""
+    except ValueError:
+        code = ""
+    return ErrorBody(text(error.get("type", b"")) or "", text(error.get("message", b"")) or "", code)

@@ -6,23 +6,39 @@ One place tells all three, so that they never disagree. It judges nothing.
 import logging
 import time
 
+import msgspec
+
 from ..api import MESSAGES
 from ..api.report import Report
 from ..errors import ApiError
 from ..observability.history import History
 from ..observability.logs import FIELD, Redactor
 from ..observability.metrics import Metrics
-from ..policy import Charge, Fault, Rule
-from .attempt import Attempt, Failure, Request, error_of
-from .relay import End
+from ..policy import Cost, Fault
+from .attempt import Attempt, Failure
+from .outcome import Outcome
+from .request import Request
 
 #: Failures that say nothing of the upstream.
 _NOT_ITS_FAULT = (Fault.CLIENT_LEFT, Fault.RESTART)
 _BROKEN = {
-    "broken": "broke off in the middle:",
-    "silent": "fell silent in the middle:",
-    "error_event": "sent an error in the middle",
+    Outcome.BROKEN: "broke off in the middle:",
+    Outcome.SILENT: "fell silent in the middle:",
+    Outcome.ERROR_EVENT: "sent an error in the middle",
 }
+
+
+class Done(msgspec.Struct, frozen=True):
+    """How an exchange ended."""
+
+    attempts: int
+    status: int
+    outcome: Outcome
+    bytes: int  # of the body, that went out
+    detail: str | None  # of a break
+    is_stream: bool
+
+
 #: Bytes of an upstream's error that the log is cut out of.
 _ERROR_READ = 65536
 
@@ -36,12 +52,10 @@ class Journal:
         self._history = history
 
     def attempt(
-        self, request: Request, attempt: Attempt, number: int, failure: Failure | None, rule: Rule | None
+        self, request: Request, attempt: Attempt, number: int, failure: Failure | None, cost: Cost
     ) -> None:
-        """An attempt came to its commit point, or failed before it: then with the rule that applies."""
-        verdict = "answered"
-        if rule is not None:
-            verdict = (Charge.NOTHING if attempt.is_last_resort else rule.charge).value
+        """An attempt came to its commit point, or failed before it; `cost`: what the failure cost."""
+        verdict = "answered" if failure is None else cost.value
         error = failure.body[:_ERROR_READ].decode(errors="replace") if failure and failure.body else None
         self.redactor.line(
             logging.INFO if failure is None else logging.WARNING,
@@ -72,22 +86,24 @@ class Journal:
         if request.path == MESSAGES:
             self._metrics.stream_began()
 
-    def done(self, request: Request, attempt: Attempt | None, attempts: int, status: int, end: End) -> None:
+    def done(self, request: Request, attempt: Attempt | None, done: Done) -> None:
         """A request is over; `attempt` is the one whose answer, or whose error, the client got."""
         report = attempt.report if attempt is not None else Report()
         seconds = time.monotonic() - request.began
         self.redactor.line(
-            logging.INFO if end.how in ("complete", "client_left") else logging.WARNING,
+            logging.INFO if done.outcome in (Outcome.COMPLETE, Outcome.CLIENT_LEFT) else logging.WARNING,
             "done",
             request.secrets,
             id=request.id,
-            outcome=end.how,
-            status=status,
+            outcome=done.outcome.value,
+            client=request.client,
+            model=request.body.model or None,
+            status=done.status,
             upstream=attempt.upstream.name if attempt is not None else None,
-            attempts=attempts,
-            bytes=end.bytes,
+            attempts=done.attempts,
+            bytes=done.bytes,
             seconds=seconds,
-            detail=end.detail,
+            detail=done.detail,
             input_tokens=report.input_tokens,
             output_tokens=report.output_tokens,
             cache_read_tokens=report.cache_read_input_tokens,
@@ -95,7 +111,7 @@ class Journal:
             upstream_request_id=attempt.upstream_request_id if attempt is not None else None,
         )
         if request.path == MESSAGES:
-            self._count(request, attempt, seconds, end)
+            self._count(request, attempt, seconds, done)
 
     def refused(self, request_id: str, path: str, secrets: tuple[str, ...], error: ApiError) -> None:
         """A request was refused before an upstream was asked."""
@@ -105,16 +121,17 @@ class Journal:
         if path == MESSAGES:
             self._metrics.request("", "refused", "unknown")
 
-    def _count(self, request: Request, attempt: Attempt | None, seconds: float, end: End) -> None:
-        self._metrics.request(request.body.model, end.how, request.client)
-        if end.streamed:
+    def _count(self, request: Request, attempt: Attempt | None, seconds: float, done: Done) -> None:
+        self._metrics.request(request.body.model, done.outcome.value, request.client)
+        if done.is_stream:
             self._metrics.stream_ended()
-        if attempt is None or end.how == "error":
+        if attempt is None or done.outcome is Outcome.ERROR:
             return
         self._metrics.answer(attempt.upstream.name, seconds, attempt.report)
+        self._metrics.client_tokens(request.client, request.body.model, done.outcome.value, attempt.report)
         self._history.used(attempt.upstream.name, attempt.report)
-        if end.how in _BROKEN:
-            self._remember(request, attempt, f"{_BROKEN[end.how]} {end.detail or ''}")
+        if done.outcome in _BROKEN:
+            self._remember(request, attempt, f"{_BROKEN[done.outcome]} {done.detail or ''}")
 
     def _remember(self, request: Request, attempt: Attempt, reason: str) -> None:
         model, reason = (
@@ -124,5 +141,5 @@ class Journal:
 
 
 def _reason(failure: Failure) -> str:
-    message = error_of(failure).get("message")
+    message = failure.error.message
     return f"{failure.detail}: {message}" if message else failure.detail

@@ -22,7 +22,7 @@ from ..observability import logs
 from ..observability.history import History
 from ..observability.metrics import Metrics, exposition_of
 from ..proxy.attempt import Tools
-from ..proxy.forwarder import Forwarder
+from ..proxy.failover import Failover
 from ..proxy.journal import Journal
 from ..transport.connection import credentials
 from ..transport.transport import Transport
@@ -47,7 +47,8 @@ class Doors(msgspec.Struct, frozen=True):
 
     config: Config
     balancer: Balancer
-    forwarder: Forwarder
+    failover: Failover
+    owners: Owners
     models: Models
     keys: Keys
     journal: Journal
@@ -188,7 +189,7 @@ class Service:
         if found is None or action not in ("close", "drain", "resume"):
             return False
         if action == "close":
-            found.breaker.close()
+            found.reset()
             logs.circuit(upstream, "closed")
             found.shared.tell(Change("closed"))
         else:
@@ -239,10 +240,7 @@ class Service:
         logs.configure(config.logging)
         logs.adopt(logging.getLogger("gunicorn.error"))
         enabled = [settings for settings in config.upstreams if settings.enabled]
-        upstreams = [
-            Upstream(settings, self._breaker(config, staying.get(settings.name), settings))
-            for settings in enabled
-        ]
+        upstreams = [self._upstream(config, staying.get(settings.name), settings) for settings in enabled]
         self._state.share(upstreams)
         balancer = Balancer(upstreams, cursor)
         journal = Journal(_redactor(config), self.metrics, self.history)
@@ -253,7 +251,8 @@ class Service:
         return Doors(
             config=config,
             balancer=balancer,
-            forwarder=Forwarder(balancer, tools, self._owners, config.affinity, journal),
+            failover=Failover(balancer, tools, self._owners, config.affinity, self._clock),
+            owners=self._owners,
             models=models,
             keys=Keys({each.name: each.key for each in config.api_keys}),
             journal=journal,
@@ -262,11 +261,15 @@ class Service:
             watcher=self._watcher,
         )
 
-    def _breaker(self, config: Config, old: Upstream | None, settings: UpstreamSettings) -> Breaker:
+    def _upstream(self, config: Config, old: Upstream | None, settings: UpstreamSettings) -> Upstream:
+        """An upstream that keeps what is known of its health where the account is the same."""
+        failures, cooldown = config.breaker.failures, config.breaker.cooldown
         if old is None or not old.is_same_account(settings):
-            return Breaker(config.breaker.failures, config.breaker.cooldown, self._clock)
-        old.breaker.configure(config.breaker.failures, config.breaker.cooldown)
-        return old.breaker
+            return Upstream(settings, Breaker(failures, cooldown, self._clock))
+        old.breaker.configure(failures, cooldown)
+        upstream = Upstream(settings, old.breaker)
+        upstream.keep_health_of(old)
+        return upstream
 
 
 def _redactor(config: Config) -> logs.Redactor:

@@ -19,22 +19,20 @@ from ..api import MESSAGES, body
 from ..api.headers import Pairs
 from ..errors import ApiError, new_request_id, status_line
 from ..observability import logs
-from ..proxy.attempt import Request
-from ..proxy.course import Reply
-from ..proxy.forwarder import Cut
-from ..proxy.relay import Relay
+from ..proxy.exchange import Exchange, Reply
+from ..proxy.request import Request
 from ..transport.watch import Client, Scope
 from .gate import Slot
 from .keys import secrets_in
+from .responses import Body, Response, response
 from .service import Doors, Service
 from .upload import Upload
-from .whole import Whole
 
 #: Paths that clients and monitors probe; answered at once, in silence and to everyone.
 _PROBES = ("/", "/api/hello")
 _NO_BODY = body.Body(raw=b"", members={}, model="", stream=False)
 
-Forward = Callable[[Request, Cut], Reply]
+Forward = Callable[[Exchange], Reply]
 
 
 class Arrival(msgspec.Struct, frozen=True):
@@ -46,18 +44,6 @@ class Arrival(msgspec.Struct, frozen=True):
     method: str
     path: str
     upload: Upload
-
-
-class Response(flask.Response):
-    """A response whose body is closed also where the server never gets to see it."""
-
-    def __call__(self, environ: Any, start_response: Any) -> Any:
-        try:
-            body = super().__call__(environ, start_response)
-        except BaseException:
-            self.close()
-            raise
-        return body
 
 
 class Visit:
@@ -76,31 +62,16 @@ class Visit:
         if client is not None:
             self._client = self._arrival.doors.watcher.client(client, self.scope)
 
-    def see_out(self, content: bytes | Relay) -> Relay | Whole:
-        """The response body: its last bytes free the place in flight, its close ends the watch."""
-        if isinstance(content, Relay):
-            content.watch(on_last=self._slot.leave, on_close=self._close)
-            body: Relay | Whole = content
-        else:
-            body = Whole(content, on_last=self._slot.leave, on_close=self._close)
-            if self._arrival.method == "HEAD":  # the client waits for no piece of it
-                self._slot.leave()
+    def follow(self, body: Body) -> None:
+        """Watch that the client takes what it is given of the body."""
         if self._client is not None:
             self._client.follow(lambda: body.bytes)
-        return body
 
-    def leave(self) -> None:
-        """There will be no response."""
-        self._unwatch()
-        self._slot.leave()
-
-    def _close(self) -> None:
-        self._unwatch()
-        self._arrival.upload.end()
-
-    def _unwatch(self) -> None:
+    def end(self) -> None:
+        """The response is closed, or there will be none."""
         if self._client is not None:
             self._client.cancel()
+        self._slot.leave()
 
 
 def create_blueprint(service: Service) -> flask.Blueprint:
@@ -127,19 +98,19 @@ def create_blueprint(service: Service) -> flask.Blueprint:
     @route(MESSAGES, "POST")
     def messages() -> flask.Response:
         arrival = arrived()
-        return _forwarded(arrival, arrival.doors.forwarder.forward)
+        return _forwarded(arrival, arrival.doors.failover.messages)
 
     @route("/v1/messages/count_tokens", "POST")
     def count_tokens() -> flask.Response:
         arrival = arrived()
-        return _forwarded(arrival, arrival.doors.forwarder.count_tokens)
+        return _forwarded(arrival, arrival.doors.failover.count_tokens)
 
     @route("/v1/models", "GET")
     def models() -> flask.Response:
         arrival = arrived()
         doors = arrival.doors
         if not doors.models.are_listed:
-            return _forwarded(arrival, doors.forwarder.pass_on)
+            return _forwarded(arrival, doors.failover.pass_on)
         _check_key(arrival)
         return own(200, doors.models.page(flask.request.args))
 
@@ -150,7 +121,7 @@ def create_blueprint(service: Service) -> flask.Blueprint:
         if not doors.models.are_listed:
             if {".", ".."} & set(name.split("/")):  # no way to other endpoints of the account
                 raise ApiError(404, "not_found_error", f"model: {name}")
-            return _forwarded(arrival, doors.forwarder.pass_on, f"/v1/models/{quote(name, safe='')}")
+            return _forwarded(arrival, doors.failover.pass_on, f"/v1/models/{quote(name, safe='')}")
         _check_key(arrival)
         return own(200, doors.models.one(name))
 
@@ -171,6 +142,10 @@ def _add_error_handlers(blueprint: flask.Blueprint) -> None:
             allowed = error.get_response().headers.get("Allow", "")
             message = f"{flask.request.method} is not allowed here, only {allowed} is."
             return turn_away(ApiError(405, "invalid_request_error", message), [("allow", allowed)])
+        if flask.request.path.startswith("/v1/v1/"):
+            # Claude Code shows a 404 as a wrong model, a 400 word for word.
+            message = "ANTHROPIC_BASE_URL must not end in /v1: the client adds it by itself."
+            return turn_away(ApiError(400, "invalid_request_error", message))
         asked = f"{flask.request.method} {flask.request.path[:100]}"
         return turn_away(ApiError(404, "not_found_error", f"aiproxy does not serve {asked}."))
 
@@ -188,11 +163,11 @@ def arrived() -> Arrival:
 
 def _probe() -> flask.Response:
     logs.line(logging.DEBUG, "probe", path=flask.request.path)
-    return _response(200, [("content-type", "text/plain")], b"aiproxy\n")
+    return own(200, b"aiproxy\n", type_="text/plain")
 
 
 def _forwarded(arrival: Arrival, forward: Forward, path: str | None = None) -> flask.Response:
-    """Let a request in, send it on, to `path` if it is not the client's, and see it out."""
+    """Take a place in flight, send the request on, to `path` if it is not the client's, and answer."""
     began = time.monotonic()
     doors = arrival.doors
     slot = doors.gate.enter()
@@ -200,31 +175,41 @@ def _forwarded(arrival: Arrival, forward: Forward, path: str | None = None) -> f
         busy = ApiError(529, "overloaded_error", "aiproxy has as many requests in flight as it may have.")
         return turn_away(busy, [("retry-after", "1")])
     visit = Visit(slot, arrival)
+    exchange: Exchange | None = None
     try:
         client = _check_key(arrival)
         visit.watch()
         request = _request(arrival, client, visit.scope, began)
         if path is not None:
             request = msgspec.structs.replace(request, path=path)
-        return _answer(forward(request, _cutter(arrival.environ)), visit)
+        exchange = Exchange(request, doors.journal, doors.owners)
+        return _answer(forward(exchange), exchange, visit, arrival)
     except ApiError as error:
         try:
             return _refusal(error)  # in its place in flight: what reads a body away takes a thread
         finally:
-            visit.leave()
+            visit.end()
     except BaseException:
-        visit.leave()
+        if exchange is not None:
+            exchange.finish(0, is_complete=False)
+        visit.end()
         raise
 
 
-def _answer(reply: Reply, visit: Visit) -> flask.Response:
-    """The response, which from now on owns the attempt, if there is one."""
-    try:
-        return _response(reply.status, reply.headers, visit.see_out(reply.body))
-    except BaseException:  # a bug of ours: nobody else would end the upstream's stream
-        if isinstance(reply.body, Relay):
-            reply.body.close()
-        raise
+def _answer(reply: Reply, exchange: Exchange, visit: Visit, arrival: Arrival) -> flask.Response:
+    """The response, whose close ends the exchange and the visit."""
+
+    def on_close(sent: int, is_complete: bool) -> None:
+        try:
+            exchange.finish(sent, is_complete)
+        finally:
+            visit.end()
+            arrival.upload.end()
+
+    client: socket.socket | None = arrival.environ.get("gunicorn.socket")
+    body = Body(reply.body, client, arrival.method == "HEAD", on_close)
+    visit.follow(body)
+    return response(reply.status, reply.headers, body, reply.length)
 
 
 def _check_key(arrival: Arrival) -> str | None:
@@ -276,42 +261,15 @@ def _client_headers(environ: dict[str, Any]) -> Pairs:
     return pairs
 
 
-def _cutter(environ: dict[str, Any]) -> Cut:
-    """What breaks off the client's connection, so that it cannot take a stream's early end for a clean one.
-
-    The plain socket's method, also where gunicorn itself speaks TLS: see `transport`. gunicorn then finds
-    the connection broken when it writes the end of the body, and closes it. Both ways, else its main
-    thread would wait two seconds for the client to close too, and accept nobody meanwhile.
-    """
-    client: socket.socket | None = environ.get("gunicorn.socket")
-
-    def cut() -> None:
-        if client is None:
-            raise ConnectionAbortedError("no connection to break off")
-        try:
-            socket.socket.shutdown(client, socket.SHUT_RDWR)
-        except OSError:
-            return  # gone already
-
-    return cut
-
-
-def _response(status: int, headers: Pairs, content: bytes | Relay | Whole) -> flask.Response:
-    in_pieces = not isinstance(content, bytes)
-    response = Response(content, status=status_line(status), direct_passthrough=in_pieces)
-    response.headers.clear()
-    response.headers.extend(headers)
-    if not isinstance(content, Relay):
-        response.headers["content-length"] = str(len(content))
-    return response
-
-
 def own(
     status: int, content: bytes, headers: Pairs | None = None, type_: str = "application/json"
 ) -> flask.Response:
     """An answer that no upstream had a part in."""
     pairs = [("content-type", type_), ("request-id", arrived().id), *(headers or [])]
-    return _response(status, pairs, content)
+    made = Response(content, status=status_line(status))
+    made.headers.clear()
+    made.headers.extend([*pairs, ("content-length", str(len(content)))])
+    return made
 
 
 def turn_away(error: ApiError, headers: Pairs | None = None) -> flask.Response:
@@ -337,7 +295,7 @@ def _refusal(error: ApiError, headers: Pairs | None = None) -> flask.Response:
     arrival.upload.drop()
     secrets = secrets_in(_client_headers(arrival.environ))
     arrival.doors.journal.refused(arrival.id, arrival.path, secrets, error)
-    response = own(error.status, error.body(arrival.id), headers)
+    response = own(error.status, error.body(arrival.id), [*error.headers, *(headers or [])])
     response.call_on_close(arrival.upload.end)
     return response
 

@@ -82,6 +82,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             "content-type: application/json",
             f"content-length: {len(body)}",
             f"request-id: {request_id}",
+            *(f"{name}: {value}" for name, value in error.headers),
             "\r\n",
         ]
         with contextlib.suppress(OSError):  # it may be gone

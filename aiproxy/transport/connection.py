@@ -30,7 +30,9 @@ from .resolver import Address, Resolver
 from .watch import Reason, Watcher
 
 POOL = 1024  # kept connections a host; more than any worker has threads
-_LONGEST_LINE, _MOST_LINES = 65536, 100  # of an answer's head: http.client's own bounds
+_LONGEST_LINE = 65536  # bytes, http.client's own bound
+_LARGEST_HEAD = 32768  # bytes of an answer's header lines
+_MOST_INTERIM = 10  # interim answers before the final one
 _JOINED = 65536  # bytes of a body that are copied to go out together with the head
 
 # As the official SDKs do: NATs drop connections that are silent for long, and a whole answer may be
@@ -107,7 +109,12 @@ class _Answer(http.client.HTTPResponse):
 
     def begin(self) -> None:
         version, status, reason = self._read_status()  # type: ignore[attr-defined]
-        while status == http.client.CONTINUE:
+        interim = 0
+        # RFC 9110 section 15.2: a client skips interim answers; 101 is final.
+        while 100 <= status < 200 and status != http.client.SWITCHING_PROTOCOLS:
+            interim += 1
+            if interim > _MOST_INTERIM:
+                raise http.client.HTTPException("too many interim answers")
             self._fields()
             version, status, reason = self._read_status()  # type: ignore[attr-defined]
         if not version.startswith("HTTP/1."):
@@ -121,12 +128,12 @@ class _Answer(http.client.HTTPResponse):
     def _fields(self) -> urllib3.HTTPHeaderDict:
         """The header lines, each value as it was sent; a line that is none is left out."""
         fields = urllib3.HTTPHeaderDict()
-        name, value, count = "", "", 0
+        name, value, size = "", "", 0
         while (line := self.fp.readline(_LONGEST_LINE + 1)) not in (b"\r\n", b"\n"):
-            count += 1
+            size += len(line)
             if not line:
                 raise http.client.IncompleteRead(b"")
-            if len(line) > _LONGEST_LINE or count > _MOST_LINES:
+            if size > _LARGEST_HEAD:
                 raise http.client.HTTPException("the head is too large")
             text = line.decode("latin-1").rstrip("\r\n")
             if text[:1] in (" ", "\t"):  # RFC 9112 section 5.2: a folded line goes on, after a space

@@ -1,7 +1,7 @@
 """`demo://` upstreams: a requests transport adapter that answers in process, without an account.
 
-`demo://answers` answers every request, streamed or whole; `demo://overloaded` is always overloaded, so
-that a first run shows failover and the circuit breaker.
+`demo://answers` answers every request, streamed or whole; `demo://failing` always fails, so that a first run
+shows failover and the circuit breaker.
 """
 
 import io
@@ -31,7 +31,7 @@ _TEXT = (
 
 
 class DemoAdapter(HTTPAdapter):
-    """Answers messages requests to `demo://answers` and `demo://overloaded`."""
+    """Answers messages requests to `demo://answers` and `demo://failing`."""
 
     def send(self, request: requests.PreparedRequest, *args: Any, **kwargs: Any) -> Any:
         """urllib3's response, as `transport` wants it."""
@@ -42,9 +42,9 @@ class DemoAdapter(HTTPAdapter):
         if address.path != MESSAGES:
             status, content_type = 404, "application/json"
             pieces = [error_body("not_found_error", "The demo upstreams have messages only.", request_id)]
-        elif address.hostname == "overloaded":
-            status, content_type = 529, "application/json"
-            pieces = [error_body("overloaded_error", "The demo upstream is always overloaded.", request_id)]
+        elif address.hostname in ("failing", "overloaded"):  # the second is the old name
+            status, content_type = 500, "application/json"
+            pieces = [error_body("api_error", "This demo upstream always fails.", request_id)]
         elif asked.get("stream") == b"true":
             status, content_type = 200, "text/event-stream"
             pieces = _events(model)

@@ -9,6 +9,7 @@ import contextlib
 import http.client
 import socket
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -24,6 +25,9 @@ from .resolver import Resolver
 from .watch import Reason, Watcher
 
 PIECE = 65536  # bytes asked for at a time
+#: Seconds after sending within which a kept connection that breaks was dead before: later than that the
+#: request may have been served, and billed.
+DEAD_WITHIN = 2.0
 _DECODABLE = frozenset({"gzip", "x-gzip", "deflate"})
 
 _FAULT_OF_REASON = {
@@ -66,6 +70,7 @@ class Call:
         self.headers: Pairs = []
         self.decoded = False
         self._raw: Any = None  # urllib3's response
+        self._began = time.monotonic()
         self._lock = threading.Lock()
         self._socket: socket.socket | None = None
         self._reason: Reason | None = None
@@ -147,7 +152,9 @@ class Call:
             )
         if faults.is_timeout(error):
             return CallFailed(Fault.TIMEOUT, "silent for too long")
-        return CallFailed(Fault.BROKEN, faults.plain(error), stale=self.reused and not self.heard)
+        is_recent = time.monotonic() - self._began < DEAD_WITHIN
+        stale = self.reused and not self.heard and is_recent
+        return CallFailed(Fault.BROKEN, faults.plain(error), stale=stale)
 
     def _placed(self, detail: str) -> str:
         """What kept the call from its upstream; the forward proxy's fault where it did not get past it."""

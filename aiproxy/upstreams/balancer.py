@@ -1,56 +1,115 @@
-"""Who is next: smooth weighted round robin over the upstreams that serve a model and are usable.
+"""Who is asked next: smooth weighted round robin over the upstreams that serve a model and are usable.
 
-A request may prefer some upstreams, in an order of its own (a session's); it then moves no cursor.
+A request may prefer some upstreams, in an order of its own (a conversation's). Preferred upstreams do not
+move the round robin.
 
-The cursor is one number an upstream, under a thread lock; breakers' locks are taken inside it, never
-the other way round. A walk serves one request: it gives each upstream at most once, together with
-its permit, and hands back the turn of an upstream that gave no answer, so that the upstreams which
-do answer share the requests exactly by weight.
+The round robin keeps one number for each upstream, under a thread lock; the locks of breakers are taken
+inside it, never the other way round. An upstream pays for its turn even if it fails, so that a failing
+one is never asked more often than its weight says.
 """
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
 
 from ..observability import logs
+from ..policy import Cost, Decision
 from .breaker import Change, Outcome, Pass, Permit
 from .upstream import Upstream
 
+_OUTCOMES = {Cost.FAILURE: Outcome.FAILURE, Cost.LATE: Outcome.TIMEOUT}
 
-class Choice:
-    """The next upstream, and leave for one attempt at it, which whoever takes it settles.
 
-    Only the first settlement counts, so every way out of an attempt may settle. Without a permit the
-    attempt concerns no circuit breaker. What changes a circuit is logged, and told to other processes, here,
-    outside its lock.
+class Progress(Protocol):
+    """What a request has met so far, as far as it decides who is asked next."""
+
+    @property
+    def may_ask_open_circuits(self) -> bool:
+        """Whether upstreams with an open circuit may be asked as the last resort."""
+
+
+class Candidate:
+    """The next upstream, with the permit for one attempt at it.
+
+    Only the first settlement counts, so every way out of an attempt may settle. Without a permit the attempt
+    changes nothing that is known of the upstream's health. Changes of a circuit are logged, and sent to
+    other processes, here, outside all locks.
     """
 
-    def __init__(self, upstream: Upstream, permit: Permit | None = None) -> None:
+    def __init__(self, upstream: Upstream, model: str = "", permit: Permit | None = None) -> None:
+        """`model`: as the upstream names it."""
         self.upstream = upstream
         self.kind = None if permit is None else permit.kind
+        self._model = model
         self._permit = permit
+        self._has_permit = permit is not None
+        self._began = upstream.breaker.clock()
         if permit is not None and permit.kind is not Pass.ORDINARY:
             logs.circuit(upstream.name, permit.kind.value)
 
-    def settle(self, outcome: Outcome) -> None:
-        """Give the permit back with what became of it."""
-        permit, self._permit = self._permit, None
-        if permit is not None:
-            self._tell(permit, self.upstream.breaker.settle(permit, outcome))
+    @property
+    def is_last_resort(self) -> bool:
+        """Whether it is asked although it is in backoff or its circuit is open."""
+        return self.kind is Pass.LAST_RESORT
 
-    def rest(self, seconds: float) -> None:
-        """Give the permit back and let the upstream rest."""
-        permit, self._permit = self._permit, None
-        if permit is not None:
-            self._tell(permit, self.upstream.breaker.rest(permit, seconds))
+    def succeed(self) -> None:
+        """The attempt brought a complete answer."""
+        if self._permit is not None:
+            self._note_success()
+        self._settle(Outcome.SUCCESS)
 
     def commit(self) -> None:
-        """The answer is committed: see `Breaker.commit`."""
-        if self._permit is not None:
-            permit = self._permit
-            self._permit, change = self.upstream.breaker.commit(permit)
-            self._tell(permit, change)
+        """A stream is committed. A trial is a success here; an ordinary attempt is one when it ends well."""
+        if self._permit is None:
+            return
+        permit = self._permit
+        if permit.kind is not Pass.ORDINARY:
+            self._note_success()
+        self._permit, change = self.upstream.breaker.commit(permit)
+        self._publish(permit, change)
 
-    def _tell(self, permit: Permit, change: Change | None) -> None:
+    def fail(self) -> None:
+        """The answer broke off after the commit point."""
+        self._settle(Outcome.FAILURE)
+
+    def ignore(self) -> None:
+        """The attempt says nothing about the upstream."""
+        self._settle(Outcome.IGNORED)
+
+    def charge(self, decision: Decision) -> None:
+        """The attempt failed before the commit point: settle the permit as the policy decided."""
+        if self._permit is None:
+            return
+        if decision.cost not in (Cost.REFUSED, Cost.NONE):
+            self.upstream.refusals.other_result(is_success=False)
+        permit, models = self._permit, self.upstream.models
+        if decision.cost is Cost.UPSTREAM_BACKOFF:
+            self._permit = None
+            seconds = self.upstream.breaker.cooldown if decision.backoff is None else decision.backoff
+            self._publish(permit, self.upstream.breaker.back_off(permit, seconds))
+            return
+        if decision.cost is Cost.MODEL_BACKOFF:
+            seconds = models.back_off(self._model, decision.backoff, self._began, self.is_last_resort)
+            logs.backoff(self.upstream.name, self._model, seconds)
+        elif decision.cost is Cost.MODEL_MISSING and models.missing(self._model):
+            logs.backoff(self.upstream.name, self._model, models.cooldown)
+        self._settle(_OUTCOMES.get(decision.cost, Outcome.IGNORED))
+
+    def refused_alone(self) -> None:
+        """It refused a request that another upstream has answered well."""
+        if self._has_permit and self.upstream.refusals.refused():
+            logs.backoff(self.upstream.name, None, self.upstream.refusals.due - self.upstream.breaker.clock())
+
+    def _note_success(self) -> None:
+        self.upstream.models.succeeded(self._model, self._began)
+        self.upstream.refusals.other_result(is_success=True)
+
+    def _settle(self, outcome: Outcome) -> None:
+        permit, self._permit = self._permit, None
+        if permit is not None:
+            self._publish(permit, self.upstream.breaker.settle(permit, outcome))
+
+    def _publish(self, permit: Permit, change: Change | None) -> None:
         if change is None:
             return
         if change.is_news:
@@ -62,101 +121,82 @@ class Balancer:
     """Thread-safe."""
 
     def __init__(self, upstreams: Sequence[Upstream], cursor: Mapping[str, int] | None = None) -> None:
-        """`cursor`: where another balancer's was, for the upstreams that had the same names."""
+        """`cursor`: another balancer's position, for the upstreams that had the same names."""
         self.upstreams = tuple(upstreams)
         self._lock = threading.Lock()
-        # Within what the weights can bring about: after a great change of weights it would last too long.
+        # Bounded by what the weights can bring about: after a great change of weights it would last too long.
         bound = sum(upstream.weight for upstream in self.upstreams)
         was = cursor or {}
         self._current = {each: max(-bound, min(bound, was.get(each.name, 0))) for each in self.upstreams}
 
     @property
     def cursor(self) -> dict[str, int]:
-        """Where the round robin is: each upstream's number by its name."""
+        """The position of the round robin: each upstream's number by its name."""
         with self._lock:
             return {upstream.name: current for upstream, current in self._current.items()}
 
     def serving(self, model: str) -> list[Upstream]:
-        """The upstreams that a request for `model` may go to, those that are being drained included."""
+        """The upstreams that a request for `model` may go to, drained ones included."""
         return [upstream for upstream in self.upstreams if upstream.serves(model)]
 
-    def candidates(self, among: Sequence[Upstream], preferred: Sequence[Upstream] = ()) -> "Walk":
-        """The way of one request through `among`: the usable ones of `preferred` first, in that order."""
-        return Walk(self, list(among), preferred)
+    def candidates(
+        self, among: Sequence[Upstream], model: str, progress: Progress, preferred: Sequence[Upstream] = ()
+    ) -> Iterator[Candidate]:
+        """The upstreams that one request asks, in order, each at most once; the caller settles each.
 
-    def turn(self, among: Sequence[Upstream]) -> tuple[Upstream, Permit, dict[Upstream, int]] | None:
-        """One step of nginx's smooth weighted round robin; also what it moved, for `give_back`.
+        First the usable ones, `preferred` before the others. Then, as the last resort, those in backoff,
+        the one due first, and those with an open circuit if `progress` allows it. `model` is the client's.
+        """
+        left = list(among)
+        while (candidate := self._usable(left, model, preferred)) is not None:
+            left.remove(candidate.upstream)
+            yield candidate
+        left.sort(key=lambda upstream: upstream.due(model))
+        for upstream in [each for each in left if not each.breaker.is_open]:
+            yield self._last_resort(upstream, model)
+        for upstream in [each for each in left if each.breaker.is_open]:
+            if progress.may_ask_open_circuits:
+                yield self._last_resort(upstream, model)
+
+    def _last_resort(self, upstream: Upstream, model: str) -> Candidate:
+        return Candidate(upstream, upstream.model_for(model), upstream.breaker.acquire_last_resort())
+
+    def _usable(self, left: list[Upstream], model: str, preferred: Sequence[Upstream]) -> Candidate | None:
+        """One that is in use, or a trial that no other process runs."""
+        while True:
+            found = self._preferred_one(left, model, preferred) or self._turn(left, model)
+            if found is None:
+                return None
+            upstream, permit = found
+            if permit.kind is not Pass.TRIAL or upstream.shared.may_try(permit):
+                return Candidate(upstream, upstream.model_for(model), permit)
+
+    def _preferred_one(
+        self, left: list[Upstream], model: str, preferred: Sequence[Upstream]
+    ) -> tuple[Upstream, Permit] | None:
+        for upstream in preferred:
+            if upstream in left and upstream.usable(model):
+                permit = upstream.breaker.acquire()
+                if permit is not None:
+                    return upstream, permit
+        return None
+
+    def _turn(self, left: list[Upstream], model: str) -> tuple[Upstream, Permit] | None:
+        """One step of nginx's smooth weighted round robin.
 
         Each gains its weight, the one that is furthest ahead is chosen and pays the sum:
         https://github.com/nginx/nginx/commit/52327e0627f49dbda1e8db695e63a4b0af4448b1
         """
         with self._lock:
-            usable = [upstream for upstream in among if upstream.breaker.usable()]
+            usable = [upstream for upstream in left if upstream.usable(model)]
             while usable:
                 chosen = max(usable, key=lambda upstream: self._current[upstream] + upstream.weight)
                 permit = chosen.breaker.acquire()
-                if permit is None:  # another thread's failure opened it this moment
+                if permit is None:  # another thread's failure opened it at this moment
                     usable.remove(chosen)
                     continue
-                moved = {upstream: upstream.weight for upstream in usable}
-                moved[chosen] -= sum(upstream.weight for upstream in usable)
-                self._move(moved, 1)
-                return chosen, permit, moved
+                for upstream in usable:
+                    self._current[upstream] += upstream.weight
+                self._current[chosen] -= sum(upstream.weight for upstream in usable)
+                return chosen, permit
         return None
-
-    def give_back(self, moved: dict[Upstream, int]) -> None:
-        """Undo a turn that brought no answer."""
-        with self._lock:
-            self._move(moved, -1)
-
-    def _move(self, moved: dict[Upstream, int], times: int) -> None:
-        for upstream, steps in moved.items():
-            self._current[upstream] += times * steps
-
-
-class Walk:
-    """One request's way through the upstreams; used by the one thread that serves the request."""
-
-    def __init__(self, balancer: Balancer, upstreams: list[Upstream], preferred: Sequence[Upstream]) -> None:
-        self._balancer = balancer
-        self._left = upstreams
-        self._preferred = preferred
-        self._moved: dict[Upstream, int] = {}
-
-    def next(self, last_resort: bool) -> Choice | None:
-        """The next upstream, if one is left.
-
-        With `last_resort` the open and resting ones follow, the one due soonest first.
-        """
-        choice = self._usable()
-        if choice is None and last_resort and self._left:
-            soonest = min(self._left, key=lambda upstream: upstream.breaker.due())
-            choice = Choice(soonest, soonest.breaker.acquire_last_resort())
-        if choice is not None:
-            self._left.remove(choice.upstream)
-        return choice
-
-    def _usable(self) -> Choice | None:
-        """One that is in use, or on trial where no other process tries it."""
-        while True:
-            self._balancer.give_back(self._moved)
-            self._moved = {}
-            found = self._preferred_one() or self._turn()
-            if found is None:
-                return None
-            upstream, permit = found
-            if permit.kind is not Pass.TRIAL or upstream.shared.may_try(permit):
-                return Choice(upstream, permit)
-
-    def _preferred_one(self) -> tuple[Upstream, Permit] | None:
-        for upstream in self._preferred:
-            if upstream in self._left and (permit := upstream.breaker.acquire()) is not None:
-                return upstream, permit
-        return None
-
-    def _turn(self) -> tuple[Upstream, Permit] | None:
-        turn = self._balancer.turn(self._left)
-        if turn is None:
-            return None
-        upstream, permit, self._moved = turn
-        return upstream, permit

@@ -1,10 +1,10 @@
 """Circuit breaker of one upstream: counters and states under a thread lock, the clock passed in, no I/O.
 
 Closed: attempts pass. Open: after `failures` failures in a row, for `cooldown` seconds. Half-open:
-after that, one trial at a time decides. Beside it an upstream may rest, because it said when to come
-back. Whoever passes holds a `Permit` and settles it exactly once; a permit carries the breaker's
-generation, so a result from before the last opening or closing changes nothing. Callers log, and tell
-other processes: methods say what changed, since nothing may be logged or sent under the lock.
+after that, one trial at a time decides. Beside it the whole upstream may be in backoff until a given time.
+Each attempt has a `Permit`, which is settled exactly once. A permit carries the breaker's generation, so a
+result from before the last opening or closing changes nothing. Methods return what changed; callers log it
+and send it to other processes, because nothing may be logged or sent under the lock.
 """
 
 import threading
@@ -23,7 +23,7 @@ class Pass(Enum):
 
 
 class Permit(msgspec.Struct, frozen=True):
-    """Leave for one attempt, to be settled exactly once."""
+    """Permission to make one attempt, to be settled exactly once."""
 
     kind: Pass
     generation: int
@@ -35,7 +35,8 @@ class Outcome(Enum):
 
     SUCCESS = "success"
     FAILURE = "failure"
-    UNDECIDED = "undecided"  # the client left, or the request was at fault
+    TIMEOUT = "timeout"  # a failure, unless another attempt succeeded while this one ran
+    IGNORED = "ignored"  # the client left, or the failure is not about the upstream
 
 
 class Change(msgspec.Struct, frozen=True):
@@ -79,11 +80,12 @@ class Breaker:
         """`failures` in a row open it for `cooldown` seconds of `clock`, a monotonic one."""
         self.threshold = failures
         self.cooldown = cooldown
-        self._clock = clock
+        self.clock = clock
         self._lock = threading.Lock()
         self._failures = 0
         self._sequence = 0
         self._latest_failure = 0
+        self._latest_success = 0
         self._generation = 0
         self._open_until: float | None = None
         self._rest_until = 0.0
@@ -100,10 +102,15 @@ class Breaker:
         with self._lock:
             return max(self._open_until or 0.0, self._rest_until)
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the circuit is open or half-open; a backoff is neither."""
+        return self._open_until is not None
+
     def circuit(self) -> Circuit:
         """How it is now, for people and for monitors."""
         with self._lock:
-            now = self._clock()
+            now = self.clock()
             open_for = (self._open_until or now) - now
             rest_for = self._rest_until - now
             if open_for > 0:
@@ -115,7 +122,7 @@ class Breaker:
     def view(self) -> View:
         """What another process is to know; its own trial is not in it."""
         with self._lock:
-            now = self._clock()
+            now = self.clock()
             return View(
                 failures=self._failures,
                 open_for=None if self._open_until is None else max(0.0, self._open_until - now),
@@ -125,7 +132,7 @@ class Breaker:
     def follow(self, view: View) -> Change | None:
         """Take over what all processes together know. What this one knew besides is forgotten."""
         with self._lock:
-            now = self._clock()
+            now = self.clock()
             was_open, was_resting = self._open_until is not None, now < self._rest_until
             is_open, is_resting = view.open_for is not None, view.rest_for > 0
             if was_open != is_open:
@@ -145,8 +152,8 @@ class Breaker:
     def defer(self, permit: Permit, seconds: float) -> None:
         """Give a trial back that another process has; none begins here for `seconds`."""
         with self._lock:
-            self._settle(permit, Outcome.UNDECIDED)
-            self._trial_elsewhere_until = max(self._trial_elsewhere_until, self._clock() + seconds)
+            self._settle(permit, Outcome.IGNORED)
+            self._trial_elsewhere_until = max(self._trial_elsewhere_until, self.clock() + seconds)
 
     def close(self) -> Change | None:
         """Close the circuit by hand, and end a rest; what is under way decides nothing any more."""
@@ -158,13 +165,13 @@ class Breaker:
         with self._lock:
             self.threshold = failures
             self.cooldown = cooldown
-            latest = self._clock() + cooldown
+            latest = self.clock() + cooldown
             self._rest_until = min(self._rest_until, latest)
             if self._open_until is not None:
                 self._open_until = min(self._open_until, latest)
 
     def acquire(self) -> Permit | None:
-        """Leave for an attempt: ordinary, or the trial of a half-open circuit; None while open or resting."""
+        """Permission for an attempt: ordinary, or the trial of a half-open circuit; else None."""
         with self._lock:
             if not self._usable():
                 return None
@@ -174,10 +181,9 @@ class Breaker:
             return self._permit(Pass.TRIAL)
 
     def acquire_last_resort(self) -> Permit:
-        """Leave in any state: success closes the circuit, failure changes nothing."""
+        """Permission in any state: success closes the circuit, failure changes nothing."""
         with self._lock:
-            usual = self._open_until is None and self._clock() >= self._rest_until
-            return self._permit(Pass.ORDINARY if usual else Pass.LAST_RESORT)
+            return self._permit(Pass.LAST_RESORT)
 
     def commit(self, permit: Permit) -> tuple[Permit, Change | None]:
         """Take the commit point as a trial's success, and exchange it for an ordinary permit.
@@ -196,23 +202,23 @@ class Breaker:
         with self._lock:
             return self._settle(permit, outcome)
 
-    def rest(self, permit: Permit, seconds: float) -> Change | None:
-        """Give a permit back; the upstream rests for `seconds`, at most the cooldown.
+    def back_off(self, permit: Permit, seconds: float) -> Change | None:
+        """Give a permit back; the upstream is not asked for `seconds`, at most for the cooldown.
 
         Of several deadlines the latest holds.
         """
         with self._lock:
             current = permit.generation == self._generation
-            returned = self._settle(permit, Outcome.UNDECIDED)
+            returned = self._settle(permit, Outcome.IGNORED)
             seconds = min(seconds, self.cooldown)
-            until = self._clock() + seconds
+            until = self.clock() + seconds
             if permit.kind is Pass.LAST_RESORT or not current or until <= self._rest_until:
                 return returned
             self._rest_until = until
             return Change("resting", seconds) if seconds else returned
 
     def _usable(self) -> bool:
-        now = self._clock()
+        now = self.clock()
         if now < self._rest_until:
             return False
         if self._open_until is None:
@@ -228,6 +234,8 @@ class Breaker:
             return None
         if permit.kind is Pass.TRIAL:
             self._trial_running = False
+        if outcome is Outcome.TIMEOUT:
+            outcome = Outcome.IGNORED if permit.began < self._latest_success else Outcome.FAILURE
         if outcome is Outcome.FAILURE and permit.kind is not Pass.LAST_RESORT:
             return self._failed(permit)
         if outcome is Outcome.SUCCESS:
@@ -241,10 +249,12 @@ class Breaker:
         if permit.kind is Pass.ORDINARY and self._failures < self.threshold:
             return Change("failed")
         self._generation += 1
-        self._open_until = self._clock() + self.cooldown
+        self._open_until = self.clock() + self.cooldown
         return Change("open", self.cooldown)
 
     def _succeeded(self, permit: Permit) -> Change | None:
+        self._sequence += 1
+        self._latest_success = self._sequence
         if permit.kind is not Pass.ORDINARY:
             return self._close()
         if not self._failures or permit.began < self._latest_failure:
@@ -253,7 +263,7 @@ class Breaker:
         return Change("recovered")
 
     def _close(self) -> Change | None:
-        was_open = self._open_until is not None or self._clock() < self._rest_until
+        was_open = self._open_until is not None or self.clock() < self._rest_until
         self._generation += 1
         self._failures = 0
         self._open_until = None

@@ -1,4 +1,4 @@
-"""One upstream: its settings, its model map, its circuit breaker, and who else is to know of that."""
+"""One upstream: its settings, its model map, and what is known of its health."""
 
 import hashlib
 
@@ -7,6 +7,8 @@ import msgspec
 from ..api.headers import Pairs
 from ..config import UpstreamSettings
 from .breaker import Breaker
+from .models import ModelStates
+from .refusals import Refusals
 from .state import Shared, Unshared
 
 #: The settings that make an upstream another one; a new key may end what kept the old one failing.
@@ -19,6 +21,8 @@ class Upstream:
     def __init__(self, settings: UpstreamSettings, breaker: Breaker) -> None:
         self.settings = settings
         self.breaker = breaker
+        self.models = ModelStates(breaker.cooldown, breaker.clock)
+        self.refusals = Refusals(breaker.clock)
         self.name = settings.name
         self.weight = settings.weight
         #: The processes that have the same upstream.
@@ -45,6 +49,25 @@ class Upstream:
     def is_same_account(self, settings: UpstreamSettings) -> bool:
         """Whether what is known of this upstream's health is true of one with these settings too."""
         return all(getattr(self.settings, name) == getattr(settings, name) for name in _ACCOUNT)
+
+    def keep_health_of(self, old: "Upstream") -> None:
+        """Take over what is known of the same account's models and refusals; the breaker is shared anyway."""
+        self.models, self.refusals = old.models, old.refusals
+        self.models.cooldown = self.breaker.cooldown
+
+    def usable(self, model: str) -> bool:
+        """Whether a request for the client's `model` may go here now, other than as the last resort."""
+        return self.breaker.usable() and self.refusals.usable() and self.models.usable(self.model_for(model))
+
+    def due(self, model: str) -> float:
+        """The clock's time from which it may be asked for the client's `model`."""
+        return max(self.breaker.due(), self.refusals.due, self.models.due(self.model_for(model)))
+
+    def reset(self) -> None:
+        """A person says that it is well: close the circuit and end all backoffs."""
+        self.breaker.close()
+        self.models.clear()
+        self.refusals.other_result(is_success=True)
 
     def serves(self, model: str) -> bool:
         """Whether the client's `model` may go here; no list means every model."""

@@ -1,0 +1,126 @@
+"""A committed stream on its way to the client.
+
+It passes on whole events, their bytes as they came. Beside that it only notes whether `message_stop`, an
+`error` event and usage figures went by. Whatever happens, it never ends early in a clean way: the Python SDK
+takes a clean early end for success.
+"""
+
+import re
+import time
+from collections import deque
+from collections.abc import Iterator
+
+from ..api.report import Report
+from ..api.sse import EventTooLarge, Framer, encode, parse
+from ..errors import error_body
+from ..policy import Fault
+from ..transport.transport import Call, CallFailed
+from .outcome import Outcome
+
+#: Seconds for which nothing is awaited any more once `message_stop` has come.
+AFTER_STOP = 1.0
+
+# A line break followed by `event:` cannot occur inside an event's data, so this search is exact.
+_NOTED = re.compile(rb"(?:\A|[\r\n])event: ?(?:message_start|message_delta|message_stop|error)[\r\n]")
+
+_BREAKS = {
+    Fault.TIMEOUT: Outcome.SILENT,
+    Fault.RESTART: Outcome.RESTART,
+    Fault.CLIENT_LEFT: Outcome.CLIENT_LEFT,
+}
+#: What the client gets for each break: error type and message.
+_ERRORS = {
+    Outcome.BROKEN: ("api_error", "The upstream broke off its answer."),
+    Outcome.SILENT: ("timeout_error", "The upstream fell silent in the middle of its answer."),
+    Outcome.RESTART: ("overloaded_error", "aiproxy is restarting and had to break off the answer."),
+}
+
+
+class BreakConnection(Exception):
+    """The stream is over and not complete: the client's connection must not end cleanly."""
+
+
+class Stream:
+    """A stream from its commit point on. Iterate over it once; `close` it in every case."""
+
+    def __init__(
+        self, call: Call, pieces: Iterator[bytes], held: deque[bytes], framer: Framer, report: Report
+    ) -> None:
+        """`held` was read before the commit point and goes first; `pieces` goes on from there."""
+        self.error: bytes | None = None  # the data of an error event that went by
+        self.has_stopped = False  # message_stop went by: the answer is complete, whatever follows
+        self.detail: str | None = None  # of a break
+        self._call = call
+        self._pieces = pieces
+        self._held = held
+        self._framer = framer
+        self._report = report
+        self._break: Outcome | None = None
+
+    @property
+    def outcome(self) -> Outcome:
+        """How it ended, or would if nothing more came: clients leave as soon as they know enough."""
+        if self.has_stopped:
+            return Outcome.COMPLETE
+        if self.error is not None:
+            return Outcome.ERROR_EVENT
+        return self._break or Outcome.CLIENT_LEFT
+
+    def close(self) -> None:
+        """Give the upstream's connection back, or close it where the answer was not read to its end."""
+        self._call.close()
+
+    def blocks(self, request_id: str) -> Iterator[bytes]:
+        """The bytes for the client; `request_id` is for an error event of ours.
+
+        Raises `BreakConnection` where the client must not take the end for a clean one.
+        """
+        try:
+            yield from self._relayed()
+        except CallFailed as failed:
+            self._note_break(_BREAKS.get(failed.fault, Outcome.BROKEN), failed.detail)
+        except EventTooLarge:
+            self._note_break(Outcome.BROKEN, "an event is over the size limit")
+        if self.has_stopped:
+            return
+        # Half an event may be out: an error event now would complete it as garbage.
+        if self._break in _ERRORS and not self._framer.partial:
+            yield encode("error", error_body(*_ERRORS[self._break], request_id))
+        raise BreakConnection
+
+    def _relayed(self) -> Iterator[bytes]:
+        """The upstream's blocks, up to an error event or the end."""
+        ends: float | None = None
+        while self.error is None and (ends is None or time.monotonic() < ends):
+            piece = self._held.popleft() if self._held else self._framed()
+            if piece is None:
+                if not self.has_stopped:
+                    self._note_break(Outcome.BROKEN, "ended before message_stop")
+                return
+            if piece:
+                self._note(piece)
+                if self.has_stopped and ends is None:
+                    ends = time.monotonic() + AFTER_STOP
+                    self._call.idle(AFTER_STOP)
+                yield piece
+
+    def _framed(self) -> bytes | None:
+        """What the next piece completes; None at the end."""
+        piece = next(self._pieces, None)
+        return None if piece is None else self._framer.feed(piece)
+
+    def _note(self, block: bytes) -> None:
+        # Most blocks are deltas: the plain search is ten times as fast as the expression.
+        if (b"message_" not in block and b"error" not in block) or not _NOTED.search(block):
+            return
+        for event in parse(block):
+            if event.name == b"message_stop":
+                self.has_stopped = True
+            elif event.name == b"error":
+                self.error = None if self.has_stopped else event.data
+            else:
+                self._report.note_event(event.name, event.data)
+
+    def _note_break(self, outcome: Outcome, detail: str) -> None:
+        if not self.has_stopped:
+            self._break, self.detail = outcome, detail
