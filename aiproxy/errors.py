@@ -7,6 +7,7 @@ the client's broken connection and hides it.
 import json
 import uuid
 from http import HTTPStatus
+from typing import Any
 
 #: HTTP status of each error type, https://docs.anthropic.com/en/api/errors.
 STATUS_OF_TYPE = {
@@ -31,8 +32,10 @@ _RETRYABLE = frozenset({408, 409, 429})
 class ApiError(Exception):
     """An answer of our own, in the API's shape; it names no upstream address and no key."""
 
-    def __init__(self, status: int, type_: str, message: str) -> None:
+    def __init__(self, status: int, type_: str, message: str, code: str | None = None) -> None:
+        """`code`: the API's `error.details.error_code`."""
         super().__init__(message)
+        self.code = code
         self.status = status
         self.type = type_
         self.message = message
@@ -46,7 +49,7 @@ class ApiError(Exception):
 
     def body(self, request_id: str) -> bytes:
         """The JSON body; `request_id` is also what the `request-id` header says."""
-        return error_body(self.type, self.message, request_id)
+        return error_body(self.type, self.message, request_id, self.code)
 
 
 def type_of_status(status: int) -> str:
@@ -55,10 +58,18 @@ def type_of_status(status: int) -> str:
     return types.get(status, "invalid_request_error" if status < 500 else "api_error")
 
 
-def error_body(type_: str, message: str, request_id: str) -> bytes:
+def error_body(type_: str, message: str, request_id: str, code: str | None = None) -> bytes:
     """One error in the API's shape, as a JSON body or as the data of an `error` event."""
-    error = {"type": "error", "error": {"type": type_, "message": message}, "request_id": request_id}
-    return json.dumps(error).encode()
+    error: dict[str, Any] = {"type": type_, "message": message}
+    if code is not None:
+        error["details"] = {"error_code": code}
+    return json.dumps({"type": "error", "error": error, "request_id": request_id}).encode()
+
+
+def too_large(limit: int, code: str | None = None) -> ApiError:
+    """413 for a request body of more than `limit` bytes."""
+    size = f"{limit / 1024 / 1024:g} MB" if limit >= 10_000 else f"{limit} bytes"
+    return ApiError(413, "request_too_large", f"The request body is larger than {size}.", code)
 
 
 def new_request_id() -> str:

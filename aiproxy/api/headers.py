@@ -20,8 +20,8 @@ HOP_BY_HOP = frozenset(
 
 #: Of the client's own hop, of its identity, or set anew for the upstream.
 _REQUEST_ONLY_HERE = frozenset(
-    "host content-length expect origin cookie cookie2 authorization x-api-key accept-encoding "
-    "forwarded via x-real-ip x-litellm-end-user-id".split()
+    "host content-length content-encoding expect origin cookie cookie2 authorization x-api-key "
+    "accept-encoding forwarded via x-real-ip x-litellm-end-user-id".split()
 )
 #: The last two are a front gateway's, and say who the user is.
 _REQUEST_PREFIXES_ONLY_HERE = ("x-forwarded-", "cf-", "x-claude-gateway-user-", "x-auth-request-")

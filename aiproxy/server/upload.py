@@ -9,7 +9,7 @@ import socket
 import time
 from typing import Any
 
-from ..errors import ApiError
+from ..errors import ApiError, too_large
 from ..transport.watch import Reason, Watcher
 
 #: What is read and thrown away of a body that is refused, in bytes and seconds.
@@ -46,13 +46,13 @@ class Upload:
         a restart breaks it off.
         """
         if self._declared is not None and self._declared > limit:
-            raise _too_large(limit)
+            raise too_large(limit)
         pieces: list[bytes] = []
         total = 0
         while piece := self._piece(_PIECE if self._declared is None else min(_PIECE, self._declared - total)):
             total += len(piece)
             if total > limit:
-                raise _too_large(limit)
+                raise too_large(limit)
             pieces.append(piece)
         if self._declared is not None and total < self._declared:
             raise self._broken_off("The request body ended early.")
@@ -128,8 +128,3 @@ class Upload:
             return bytes(self._input.read(size))
         finally:
             self._client.settimeout(None)
-
-
-def _too_large(limit: int) -> ApiError:
-    size = f"{limit / 1024 / 1024:g} MB" if limit >= 10_000 else f"{limit} bytes"
-    return ApiError(413, "request_too_large", f"The request body is larger than {size}.")

@@ -15,8 +15,8 @@ import flask
 import msgspec
 from werkzeug.exceptions import HTTPException
 
-from ..api import MESSAGES, body
-from ..api.headers import Pairs
+from ..api import MESSAGES, body, encoding
+from ..api.headers import Pairs, value_of
 from ..errors import ApiError, new_request_id, status_line
 from ..observability import logs
 from ..proxy.exchange import Exchange, Reply
@@ -228,7 +228,9 @@ def _request(arrival: Arrival, client: str | None, scope: Scope, began: float) -
     doors, environ = arrival.doors, arrival.environ
     headers = tuple(_client_headers(environ))
     if arrival.method == "POST":
-        read = body.read(arrival.upload.read(doors.config.max_body))
+        limit = doors.config.max_body
+        coding = value_of(headers, "content-encoding") or ""
+        read = body.read(encoding.decode(arrival.upload.read(limit), coding, limit))
     else:
         arrival.upload.drop()
         read = _NO_BODY
