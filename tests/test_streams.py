@@ -335,6 +335,27 @@ def test_each_piece_starts_the_idle_time_anew(upstream, proxy):
     assert one.ask(stream=True).ending == "end"
 
 
+def test_a_trickle_that_completes_no_event_does_not_prolong_the_silence(upstream, proxy):
+    slow = b"event: content_block_delta\ndata: " + b"x" * 500
+    reply = events([*EVENTS[:3], *(slow[n : n + 1] for n in range(len(slow)))], gap=0.01, then="cut")
+    one = proxy(upstream(reply), idle=0.3)
+    began = time.monotonic()
+    given = one.ask(stream=True)
+    assert time.monotonic() - began < 2
+    assert b"timeout_error" in given.body
+    assert one.outcomes() == [["failure"]]
+
+
+def test_a_client_that_leaves_while_a_whole_answer_is_written_is_logged_as_one_that_left(
+    upstream, proxy, capsys
+):
+    one = proxy(upstream())
+    one.begin().leave()
+    assert " outcome=client_left " in capsys.readouterr().out
+    assert one.ask().status == 200
+    assert " outcome=complete " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("then", ["end", "cut", "hang"])
 @pytest.mark.parametrize("ending", ["\n", "\r\n", "\r"])
 def test_an_error_event_of_the_upstream_is_relayed_as_it_is_and_breaks_the_connection(

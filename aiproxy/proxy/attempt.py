@@ -279,8 +279,13 @@ class Attempt:
                 return Failure(Fault.NO_ANSWER, detail, body=content.data[:_SAMPLE])
             is_late = time.monotonic() - self._began > PATIENCE
             if content is not None or framer.partial or is_late:
-                return self._commit(call, Stream(call, pieces, held, framer, self.report))
+                return self._commit(call, self._streamed(call, pieces, held, framer))
         return Failure(Fault.NO_ANSWER, "the stream ended before its first content")
+
+    def _streamed(
+        self, call: Call, pieces: Iterator[bytes], held: deque[bytes], framer: sse.Framer
+    ) -> Stream:
+        return Stream(call, pieces, held, framer, self.report, self._tools.timeouts.idle)
 
     def _renew_silence(self, call: Call) -> None:
         self._forget_deadlines()

@@ -44,9 +44,19 @@ class Stream:
     """A stream from its commit point on. Iterate over it once; `close` it in every case."""
 
     def __init__(
-        self, call: Call, pieces: Iterator[bytes], held: deque[bytes], framer: Framer, report: Report
+        self,
+        call: Call,
+        pieces: Iterator[bytes],
+        held: deque[bytes],
+        framer: Framer,
+        report: Report,
+        idle: float,
     ) -> None:
-        """`held` was read before the commit point and goes first; `pieces` goes on from there."""
+        """`held` was read before the commit point and goes first; `pieces` goes on from there.
+
+        `idle`: seconds of silence after which the stream is broken off, counted from the last whole event.
+        """
+        self._idle = idle
         self.error: bytes | None = None  # the data of an error event that went by
         self.has_stopped = False  # message_stop went by: the answer is complete, whatever follows
         self.detail: str | None = None  # of a break
@@ -91,18 +101,24 @@ class Stream:
     def _relayed(self) -> Iterator[bytes]:
         """The upstream's blocks, up to an error event or the end."""
         ends: float | None = None
+        latest = time.monotonic()  # when the latest block had been sent
         while self.error is None and (ends is None or time.monotonic() < ends):
             piece = self._held.popleft() if self._held else self._framed()
             if piece is None:
                 if not self.has_stopped:
                     self._note_break(Outcome.BROKEN, "ended before message_stop")
                 return
-            if piece:
-                self._note(piece)
-                if self.has_stopped and ends is None:
-                    ends = time.monotonic() + AFTER_STOP
-                    self._call.idle(AFTER_STOP)
-                yield piece
+            if not piece:  # a trickle that completes no event does not prolong the silence
+                if time.monotonic() - latest > self._idle and not self._framer.ends_in_comment:
+                    self._note_break(Outcome.SILENT, "silent for too long")
+                    return
+                continue
+            self._note(piece)
+            if self.has_stopped and ends is None:
+                ends = time.monotonic() + AFTER_STOP
+                self._call.idle(AFTER_STOP)
+            yield piece
+            latest = time.monotonic()  # not before: the client may have taken its time
 
     def _framed(self) -> bytes | None:
         """What the next piece completes; None at the end."""
