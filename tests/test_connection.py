@@ -240,7 +240,7 @@ def test_connections_to_an_upstream_that_is_no_more_are_closed(upstream, transpo
     for one in (gone, stays):
         ask(transport, one.url)
     running = begin(transport, gone.url)
-    transport.leave_all_but([(stays.url, None, None)])
+    transport.keep_only([(stays.url, None, None)])
     assert b"".join(running.pieces()) == MESSAGE
     running.close()
     gone.wait_left(1)
@@ -251,7 +251,7 @@ def test_connections_to_an_upstream_that_is_no_more_are_closed(upstream, transpo
 def test_an_upstream_that_comes_back_is_kept_again(upstream, transport):
     one = upstream()
     ask(transport, one.url)
-    transport.leave_all_but([])
+    transport.keep_only([])
     for _ in range(3):
         ask(transport, one.url)
     assert one.connections == 2

@@ -67,13 +67,13 @@ def test_an_upstream_in_backoff_is_not_ready_until_its_time(upstream):
 def test_a_drained_upstream_gets_no_request_not_even_as_the_last_resort(upstream):
     a, b = upstream(), upstream(*[error(500)] * 3)
     app = app_of(a, b)
-    drained = app.extensions["aiproxy"].doors.balancer.upstreams[0]
+    drained = app.extensions["aiproxy"].runtime.balancer.upstreams[0]
     drained.draining = True
     assert [app.test_client().post("/v1/messages", json=ASK).status_code for _ in range(4)] == [500] * 3 + [
         200
     ]
     assert (len(a.seen), len(b.seen)) == (0, 4)
-    for other in app.extensions["aiproxy"].doors.balancer.upstreams:
+    for other in app.extensions["aiproxy"].runtime.balancer.upstreams:
         other.draining = True
     for path in ("/v1/messages", "/v1/messages/count_tokens"):
         reply = app.test_client().post(path, json=ASK)

@@ -27,7 +27,7 @@ class Taker:
         self.faults = []
         self._unsafe = unsafe
 
-    def take_up(self, config, content):
+    def apply(self, config, content):
         if self._unsafe:
             raise ConfigError(self._unsafe)
         self.taken.append((config, content))

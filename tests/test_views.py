@@ -456,7 +456,7 @@ def test_every_refusal_has_an_id_of_its_own(client):
 # ----------------------------------------------------------------------------------------------- bugs
 
 
-@pytest.mark.parametrize("place", ["body.read", "_request", "_log_arrival", "_check_key"])
+@pytest.mark.parametrize("place", ["body.read", "_request", "_log_request", "_check_key"])
 def test_a_bug_of_ours_is_a_500_without_details(monkeypatch, place):
     def bug(*args, **kwargs):
         raise KeyError("sk-secret /srv/aiproxy")
@@ -503,7 +503,7 @@ def test_a_bug_gives_the_permit_back(upstream, monkeypatch, capsys, place, meanw
     assert "state=closed" in out
 
 
-@pytest.mark.parametrize("place", ["views._request", "views._log_arrival", "views.response"])
+@pytest.mark.parametrize("place", ["views._request", "views._log_request", "views.response"])
 def test_a_bug_gives_the_place_in_flight_back(monkeypatch, place):
     def bug(*args, **kwargs):
         monkeypatch.undo()

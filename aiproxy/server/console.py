@@ -17,7 +17,7 @@ from ..errors import ApiError
 from ..observability import logs
 from .service import Service
 from .status import as_html, as_json
-from .views import arrived, own, turn_away
+from .views import current_request, own, turn_away
 
 _TEXT = "text/plain; charset=utf-8"
 _FRESH = [("cache-control", "no-store")]
@@ -74,7 +74,7 @@ def create_console(service: Service) -> flask.Blueprint:
         if challenge := _challenge():
             return challenge
         _check_origin()
-        form = parse_qs(arrived().upload.read(_LARGEST_FORM).decode(errors="replace"))
+        form = parse_qs(current_request().upload.read(_LARGEST_FORM).decode(errors="replace"))
         upstream, action = (form.get(name, [""])[0] for name in ("upstream", "action"))
         if not service.act(upstream, action):
             raise ApiError(400, "invalid_request_error", "No such upstream, or no such action.")
@@ -85,7 +85,7 @@ def create_console(service: Service) -> flask.Blueprint:
 
 def _challenge() -> flask.Response | None:
     """What a request without the admin key gets; None with it. Without such a setting there is no page."""
-    key: ClientKey | None = arrived().doors.config.admin_key
+    key: ClientKey | None = current_request().runtime.config.admin_key
     if key is None:
         raise ApiError(404, "not_found_error", "aiproxy has no admin_key, and so no status page.")
     password = _password(flask.request.headers.get("authorization", ""))

@@ -37,11 +37,11 @@ _LONGEST_SHOWN = 60
 class Service(Protocol):
     """Who works with the configuration."""
 
-    def take_up(self, config: Config, content: bytes) -> None: ...
+    def apply(self, config: Config, content: bytes) -> None: ...
 
     def refuse(self, faults: Iterable[str]) -> None: ...
 
-    def take_stock(self) -> None: ...
+    def update_gauges(self) -> None: ...
 
 
 class LastGood:
@@ -145,7 +145,7 @@ class Follower:
             config = load(self._path, content=content)
             if content is None:
                 return  # it is there again: the next look reads it
-            self._service.take_up(config, content)
+            self._service.apply(config, content)
         except ConfigError as error:
             if error.faults != self._refused:
                 self._service.refuse(error.faults)
@@ -161,7 +161,7 @@ class Follower:
         while not self._stopped.wait(LOOK):
             try:
                 self.look()
-                self._service.take_stock()
+                self._service.update_gauges()
             except Exception:  # a bug must not end the following
                 logs.exception("bug", thread="reload")
 

@@ -1,6 +1,6 @@
 """What serves: everything that is built of one configuration, and what outlives it.
 
-A new configuration means new `Doors`, put in the place of the old in one step. Requests that are under
+A new configuration means new `Runtime`, put in the place of the old in one step. Requests that are under
 way keep those by which they came in, and so end as they began.
 """
 
@@ -36,13 +36,13 @@ from .gate import SPARE, Gate
 from .keys import Keys
 from .models import Models
 from .reload import Follower, LastGood, Start, changes
-from .status import Status, Stock, put_together, rows
+from .status import Snapshot, Status, put_together, rows
 
 #: gunicorn.conf.py's; what another server or the command line sets is told by `serve`.
 DEFAULT_THREADS = 256
 
 
-class Doors(msgspec.Struct, frozen=True):
+class Runtime(msgspec.Struct, frozen=True):
     """What a request meets: of one configuration, but for the gates and the watcher."""
 
     config: Config
@@ -58,7 +58,7 @@ class Doors(msgspec.Struct, frozen=True):
 
 
 class Service:
-    """`doors` may be read from any thread; the rest is for the server and for whoever follows the file."""
+    """`runtime` may be read from any thread; the rest is for the server and for whoever follows the file."""
 
     def __init__(self, config: Config, clock: Callable[[], float], metrics: Metrics, state: State) -> None:
         """`clock`: monotonic seconds, the circuit breakers'; `state`: what other processes know."""
@@ -81,7 +81,7 @@ class Service:
         self._addresses: list[Any] = []
         self._server = _server_name([])
         self._follower: Follower | None = None
-        self.doors = self._built(config, {}, {})
+        self.runtime = self._built(config, {}, {})
 
     def follow(self, path: Path, begun: Start, last_good: LastGood | None) -> None:
         """Take up what becomes of the file, once `serve` says that this process serves."""
@@ -95,25 +95,25 @@ class Service:
         self._gate.serve_with(threads)
         self._addresses = addresses
         self._server = _server_name(addresses)
-        self._state.start(self._server, {"status": self._told_stock, "metrics": self._told_metrics})
+        self._state.start(self._server, {"status": self._encoded_snapshot, "metrics": self._encoded_metrics})
         if self._follower is not None:
             self._follower.start()
 
-    def take_up(self, config: Config, content: bytes) -> None:
+    def apply(self, config: Config, content: bytes) -> None:
         """Serve by another configuration from now on. Raises `ConfigError` where its addresses forbid it.
 
         Upstreams that stay keep the state of their circuits and their place in the round robin.
         """
         check_addresses(config, self._addresses)
-        old = self.doors
+        old = self.runtime
         self._watcher.patience = config.timeouts.idle
         self._transport.connect_timeout = config.timeouts.connect
         self._gate.configure(config.max_in_flight)
         staying = {upstream.name: upstream for upstream in old.balancer.upstreams}
-        self.doors = self._built(config, staying, old.balancer.cursor)
-        self._transport.leave_all_but(
+        self.runtime = self._built(config, staying, old.balancer.cursor)
+        self._transport.keep_only(
             (each.settings.base_url, each.settings.proxy, each.settings.ca_bundle)
-            for each in self.doors.balancer.upstreams
+            for each in self.runtime.balancer.upstreams
         )
         self.taken_up, self.digest, self.faults = time.time(), _digest(content), ()
         said = "; ".join(changes(old.config, config)) or "none"
@@ -132,15 +132,15 @@ class Service:
         for fault in self.faults:
             logs.line(logging.ERROR, "reload", result="refused", configuration=self.digest, fault=fault)
 
-    def take_stock(self) -> None:
+    def update_gauges(self) -> None:
         """Tell the metrics how the circuits are now: time alone changes them."""
-        self.metrics.circuits({each.name: each.state for each in self.doors.balancer.upstreams})
+        self.metrics.circuits({each.name: each.state for each in self.runtime.balancer.upstreams})
 
     def unready(self) -> str | None:
         """Why a new request had better go elsewhere; None where some upstream is usable."""
         if self.is_stopping:
             return "aiproxy is stopping"
-        taking = [upstream for upstream in self.doors.balancer.upstreams if not upstream.draining]
+        taking = [upstream for upstream in self.runtime.balancer.upstreams if not upstream.draining]
         circuits = [upstream.breaker.circuit() for upstream in taking]
         if any(circuit.state in ("closed", "half_open") for circuit in circuits):
             return None
@@ -151,10 +151,10 @@ class Service:
 
     def status(self) -> Status:
         """Everything that the status page shows, of all workers where they can be asked."""
-        own = self._stock()
+        own = self._snapshot()
         heard = self._state.ask("status")
-        found = {name: _stock_of(answer) for name, answer in heard.answers.items()}
-        others = [stock for stock in found.values() if stock is not None]
+        found = {name: _snapshot_of(answer) for name, answer in heard.answers.items()}
+        others = [snapshot for snapshot in found.values() if snapshot is not None]
         return Status(
             version=__version__,
             now=time.time(),
@@ -163,21 +163,21 @@ class Service:
             taken_up=self.taken_up,
             faults=self.faults,
             worker=os.getpid(),
-            in_flight=sum(stock.in_flight for stock in (own, *others)),
-            upstreams=rows(self.doors.balancer.upstreams, self.history, others),
+            in_flight=sum(snapshot.in_flight for snapshot in (own, *others)),
+            upstreams=rows(self.runtime.balancer.upstreams, self.history, others),
             workers=put_together([own, *others]),
             is_shared=self._state.is_shared,
-            silent=[name for name, stock in found.items() if stock is None],
+            silent=[name for name, snapshot in found.items() if snapshot is None],
             problem=heard.problem,
         )
 
     def exposition(self) -> tuple[bytes, str]:
         """Body and content type of the answer to Prometheus, of all servers where they can be asked."""
-        self.take_stock()
+        self.update_gauges()
         if not self._state.is_shared:
             return self.metrics.exposition()
         heard = self._state.ask("metrics", once_a_server=True)
-        return exposition_of([self._told_metrics(), *heard.answers.values()])
+        return exposition_of([self._encoded_metrics(), *heard.answers.values()])
 
     def act(self, upstream: str, action: str) -> bool:
         """Do what a button of the status page says; False where there is no such upstream or action.
@@ -185,7 +185,7 @@ class Service:
         `close` closes the circuit; `drain` takes the upstream out, `resume` back in, each at the latest
         until the next reload.
         """
-        found = next((each for each in self.doors.balancer.upstreams if each.name == upstream), None)
+        found = next((each for each in self.runtime.balancer.upstreams if each.name == upstream), None)
         if found is None or action not in ("close", "drain", "resume"):
             return False
         if action == "close":
@@ -196,17 +196,17 @@ class Service:
             found.draining = action == "drain"
             found.shared.drain(found.draining)
         logs.line(logging.WARNING, "status", upstream=upstream, action=action)
-        self.take_stock()
+        self.update_gauges()
         return True
 
-    def see_out(self, graceful_timeout: float) -> None:
-        """The server stops; see `Watcher.see_out`."""
+    def shut_down(self, graceful_timeout: float) -> None:
+        """The server stops; see `Watcher.shut_down`."""
         self.is_stopping = True
         if self._follower is not None:
             self._follower.stop()
-        self._watcher.see_out(graceful_timeout)
+        self._watcher.shut_down(graceful_timeout)
 
-    def seen_out(self) -> None:
+    def after_run(self) -> None:
         """Nothing is served any more: other processes are to know."""
         self._state.stop()
 
@@ -218,8 +218,8 @@ class Service:
         self._watcher.close()
         self._transport.close()
 
-    def _stock(self) -> Stock:
-        return Stock(
+    def _snapshot(self) -> Snapshot:
+        return Snapshot(
             server=self._server,
             worker=os.getpid(),
             version=__version__,
@@ -229,14 +229,14 @@ class Service:
             hours=self.history.hours(),
         )
 
-    def _told_stock(self) -> bytes:
-        return msgspec.json.encode(self._stock())
+    def _encoded_snapshot(self) -> bytes:
+        return msgspec.json.encode(self._snapshot())
 
-    def _told_metrics(self) -> bytes:
-        self.take_stock()
+    def _encoded_metrics(self) -> bytes:
+        self.update_gauges()
         return self.metrics.told(self._server)
 
-    def _built(self, config: Config, staying: dict[str, Upstream], cursor: dict[str, int]) -> Doors:
+    def _built(self, config: Config, staying: dict[str, Upstream], cursor: dict[str, int]) -> Runtime:
         logs.configure(config.logging)
         logs.adopt(logging.getLogger("gunicorn.error"))
         enabled = [settings for settings in config.upstreams if settings.enabled]
@@ -248,7 +248,7 @@ class Service:
         models = Models(enabled)
         self.metrics.know_models(models.names)
         tools = Tools(self._transport, self._watcher, config.timeouts, journal.redactor)
-        return Doors(
+        return Runtime(
             config=config,
             balancer=balancer,
             failover=Failover(balancer, tools, self._owners, config.affinity, self._clock),
@@ -297,10 +297,10 @@ def _proxy_secrets(config: Config) -> list[str]:
     return [*passwords, *map(unquote, passwords), *filter(None, sent)]
 
 
-def _stock_of(answer: bytes) -> Stock | None:
+def _snapshot_of(answer: bytes) -> Snapshot | None:
     """What another worker told, None if that was nothing; it may be of another version."""
     try:
-        return msgspec.json.decode(answer, type=Stock)
+        return msgspec.json.decode(answer, type=Snapshot)
     except msgspec.DecodeError:
         return None
 

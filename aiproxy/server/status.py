@@ -41,7 +41,7 @@ class Row(msgspec.Struct, frozen=True):
     minutes: list[Minute]
 
 
-class Stock(msgspec.Struct, frozen=True):
+class Snapshot(msgspec.Struct, frozen=True):
     """What one worker knows of itself and has counted, as it tells another."""
 
     server: str  # what people call its gunicorn: the machine, and where it listens
@@ -83,26 +83,28 @@ class Status(msgspec.Struct, frozen=True):
     problem: str | None  # why no other worker could be asked
 
 
-def put_together(stocks: Sequence[Stock]) -> list[Worker]:
-    """The workers that took stock, by server."""
+def put_together(snapshots: Sequence[Snapshot]) -> list[Worker]:
+    """The workers that sent a snapshot, by server."""
     workers = [
         Worker(
-            server=stock.server,
-            worker=stock.worker,
-            version=stock.version,
-            configuration=stock.configuration,
-            began=stock.began,
-            in_flight=stock.in_flight,
-            answers=sum(minute.answers for hour in stock.hours.values() for minute in hour.minutes.values()),
+            server=snapshot.server,
+            worker=snapshot.worker,
+            version=snapshot.version,
+            configuration=snapshot.configuration,
+            began=snapshot.began,
+            in_flight=snapshot.in_flight,
+            answers=sum(
+                minute.answers for hour in snapshot.hours.values() for minute in hour.minutes.values()
+            ),
         )
-        for stock in stocks
+        for snapshot in snapshots
     ]
     return sorted(workers, key=lambda worker: (worker.server, worker.worker))
 
 
-def rows(upstreams: Sequence[Upstream], history: History, others: Sequence[Stock] = ()) -> list[Row]:
+def rows(upstreams: Sequence[Upstream], history: History, others: Sequence[Snapshot] = ()) -> list[Row]:
     """A row for each upstream, with what `others` counted."""
-    hours = [stock.hours for stock in others]
+    hours = [snapshot.hours for snapshot in others]
     records = {upstream.name: history.of(upstream.name, hours) for upstream in upstreams}
     states = {upstream.name: upstream.state for upstream in upstreams}
     taking = {upstream.name for upstream in upstreams if states[upstream.name] != "draining"}

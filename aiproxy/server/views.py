@@ -25,7 +25,7 @@ from ..transport.watch import Client, Scope
 from .gate import Slot
 from .keys import secrets_in
 from .responses import Body, Response, response
-from .service import Doors, Service
+from .service import Runtime, Service
 from .upload import Upload
 
 #: Paths that clients and monitors probe; answered at once, in silence and to everyone.
@@ -35,32 +35,32 @@ _NO_BODY = body.Body(raw=b"", members={}, model="", stream=False)
 Forward = Callable[[Exchange], Reply]
 
 
-class Arrival(msgspec.Struct, frozen=True):
+class Incoming(msgspec.Struct, frozen=True):
     """What a request came with. Flask's own proxies cost a microsecond at each touch."""
 
     id: str
-    doors: Doors  # to the request's end, whatever becomes of the configuration
+    runtime: Runtime  # to the request's end, whatever becomes of the configuration
     environ: dict[str, Any]
     method: str
     path: str
     upload: Upload
 
 
-class Visit:
-    """One request's stay: its place in flight, and the watch on its client. Left exactly once."""
+class Place:
+    """One request's place in flight, and the watch on its client."""
 
-    def __init__(self, slot: Slot, arrival: Arrival) -> None:
+    def __init__(self, slot: Slot, incoming: Incoming) -> None:
         self.scope = Scope()
         self._slot = slot
-        self._arrival = arrival
+        self._incoming = incoming
         self._client: Client | None = None
 
     def watch(self) -> None:
         """From now on the client's leaving, or a restart, ends the request: its upload, then its calls."""
-        self.scope.enter(self._arrival.upload)
-        client = self._arrival.environ.get("gunicorn.socket")
+        self.scope.enter(self._incoming.upload)
+        client = self._incoming.environ.get("gunicorn.socket")
         if client is not None:
-            self._client = self._arrival.doors.watcher.client(client, self.scope)
+            self._client = self._incoming.runtime.watcher.client(client, self.scope)
 
     def follow(self, body: Body) -> None:
         """Watch that the client takes what it is given of the body."""
@@ -85,45 +85,45 @@ def create_blueprint(service: Service) -> flask.Blueprint:
     @blueprint.before_app_request
     def identify() -> None:
         request = flask.request
-        environ, doors = request.environ, service.doors
-        flask.g.arrival = Arrival(
+        environ, runtime = request.environ, service.runtime
+        flask.g.incoming = Incoming(
             id=new_request_id(),
-            doors=doors,
+            runtime=runtime,
             environ=environ,
             method=request.method,
             path=request.path,
-            upload=Upload(environ, doors.watcher),
+            upload=Upload(environ, runtime.watcher),
         )
 
     @route(MESSAGES, "POST")
     def messages() -> flask.Response:
-        arrival = arrived()
-        return _forwarded(arrival, arrival.doors.failover.messages)
+        incoming = current_request()
+        return _forwarded(incoming, incoming.runtime.failover.messages)
 
     @route("/v1/messages/count_tokens", "POST")
     def count_tokens() -> flask.Response:
-        arrival = arrived()
-        return _forwarded(arrival, arrival.doors.failover.count_tokens)
+        incoming = current_request()
+        return _forwarded(incoming, incoming.runtime.failover.count_tokens)
 
     @route("/v1/models", "GET")
     def models() -> flask.Response:
-        arrival = arrived()
-        doors = arrival.doors
-        if not doors.models.are_listed:
-            return _forwarded(arrival, doors.failover.pass_on)
-        _check_key(arrival)
-        return own(200, doors.models.page(flask.request.args))
+        incoming = current_request()
+        runtime = incoming.runtime
+        if not runtime.models.are_listed:
+            return _forwarded(incoming, runtime.failover.pass_on)
+        _check_key(incoming)
+        return own(200, runtime.models.page(flask.request.args))
 
     @route("/v1/models/<path:name>", "GET")
     def model(name: str) -> flask.Response:
-        arrival = arrived()
-        doors = arrival.doors
-        if not doors.models.are_listed:
+        incoming = current_request()
+        runtime = incoming.runtime
+        if not runtime.models.are_listed:
             if {".", ".."} & set(name.split("/")):  # no way to other endpoints of the account
                 raise ApiError(404, "not_found_error", f"model: {name}")
-            return _forwarded(arrival, doors.failover.pass_on, f"/v1/models/{quote(name, safe='')}")
-        _check_key(arrival)
-        return own(200, doors.models.one(name))
+            return _forwarded(incoming, runtime.failover.pass_on, f"/v1/models/{quote(name, safe='')}")
+        _check_key(incoming)
+        return own(200, runtime.models.one(name))
 
     for path in _PROBES:
         blueprint.add_url_rule(path, "probe", _probe, methods=["GET"], provide_automatic_options=False)
@@ -151,14 +151,14 @@ def _add_error_handlers(blueprint: flask.Blueprint) -> None:
 
     @blueprint.app_errorhandler(Exception)
     def bug(error: Exception) -> flask.Response:
-        logs.exception("bug", id=arrived().id)
+        logs.exception("bug", id=current_request().id)
         return turn_away(ApiError(500, "api_error", "Internal error in aiproxy; its log tells more."))
 
 
-def arrived() -> Arrival:
+def current_request() -> Incoming:
     """The request at hand."""
-    arrival: Arrival = flask.g.arrival
-    return arrival
+    incoming: Incoming = flask.g.incoming
+    return incoming
 
 
 def _probe() -> flask.Response:
@@ -166,79 +166,79 @@ def _probe() -> flask.Response:
     return own(200, b"aiproxy\n", type_="text/plain")
 
 
-def _forwarded(arrival: Arrival, forward: Forward, path: str | None = None) -> flask.Response:
+def _forwarded(incoming: Incoming, forward: Forward, path: str | None = None) -> flask.Response:
     """Take a place in flight, send the request on, to `path` if it is not the client's, and answer."""
     began = time.monotonic()
-    doors = arrival.doors
-    slot = doors.gate.enter()
+    runtime = incoming.runtime
+    slot = runtime.gate.enter()
     if slot is None:
         busy = ApiError(529, "overloaded_error", "aiproxy has as many requests in flight as it may have.")
         return turn_away(busy, [("retry-after", "1")])
-    visit = Visit(slot, arrival)
+    place = Place(slot, incoming)
     exchange: Exchange | None = None
     try:
-        client = _check_key(arrival)
-        visit.watch()
-        request = _request(arrival, client, visit.scope, began)
+        client = _check_key(incoming)
+        place.watch()
+        request = _request(incoming, client, place.scope, began)
         if path is not None:
             request = msgspec.structs.replace(request, path=path)
-        exchange = Exchange(request, doors.journal, doors.owners)
-        return _answer(forward(exchange), exchange, visit, arrival)
+        exchange = Exchange(request, runtime.journal, runtime.owners)
+        return _answer(forward(exchange), exchange, place, incoming)
     except ApiError as error:
         try:
             return _refusal(error)  # in its place in flight: what reads a body away takes a thread
         finally:
-            visit.end()
+            place.end()
     except BaseException:
         if exchange is not None:
             exchange.finish(0, is_complete=False)
-        visit.end()
+        place.end()
         raise
 
 
-def _answer(reply: Reply, exchange: Exchange, visit: Visit, arrival: Arrival) -> flask.Response:
-    """The response, whose close ends the exchange and the visit."""
+def _answer(reply: Reply, exchange: Exchange, place: Place, incoming: Incoming) -> flask.Response:
+    """The response, whose close ends the exchange and gives the place in flight back."""
 
     def on_close(sent: int, is_complete: bool) -> None:
         try:
             exchange.finish(sent, is_complete)
         finally:
-            visit.end()
-            arrival.upload.end()
+            place.end()
+            incoming.upload.end()
 
-    client: socket.socket | None = arrival.environ.get("gunicorn.socket")
-    body = Body(reply.body, client, arrival.method == "HEAD", on_close)
-    visit.follow(body)
+    client: socket.socket | None = incoming.environ.get("gunicorn.socket")
+    body = Body(reply.body, client, incoming.method == "HEAD", on_close)
+    place.follow(body)
     return response(reply.status, reply.headers, body, reply.length)
 
 
-def _check_key(arrival: Arrival) -> str | None:
+def _check_key(incoming: Incoming) -> str | None:
     """The name of the client's key, None where none is required. Raises `ApiError` 401."""
-    keys = arrival.doors.keys
+    keys = incoming.runtime.keys
     if not keys.are_required:
         return None
-    owner = keys.owner(_client_headers(arrival.environ))
+    owner = keys.owner(_client_headers(incoming.environ))
     if owner is None:
         raise ApiError(401, "authentication_error", "The key is not one of aiproxy's.")
     return owner
 
 
-def _request(arrival: Arrival, client: str | None, scope: Scope, began: float) -> Request:
-    """Read the request and log its arrival."""
-    doors, environ = arrival.doors, arrival.environ
+def _request(incoming: Incoming, client: str | None, scope: Scope, began: float) -> Request:
+    """Read the request and log it."""
+    runtime, environ = incoming.runtime, incoming.environ
     headers = tuple(_client_headers(environ))
-    if arrival.method == "POST":
-        limit = doors.config.max_body
+    if incoming.method == "POST":
+        limit = runtime.config.max_body
         coding = value_of(headers, "content-encoding") or ""
-        read = body.read(encoding.decode(arrival.upload.read(limit), coding, limit))
+        read = body.read(encoding.decode(incoming.upload.read(limit), coding, limit))
     else:
-        arrival.upload.drop()
+        incoming.upload.drop()
         read = _NO_BODY
         headers = tuple(pair for pair in headers if not pair[0].startswith("content-"))
     request = Request(
-        id=arrival.id,
-        method="GET" if arrival.method == "HEAD" else arrival.method,
-        path=arrival.path,
+        id=incoming.id,
+        method="GET" if incoming.method == "HEAD" else incoming.method,
+        path=incoming.path,
         query=environ.get("QUERY_STRING", ""),
         headers=headers,
         body=read,
@@ -247,7 +247,7 @@ def _request(arrival: Arrival, client: str | None, scope: Scope, began: float) -
         began=began,
         scope=scope,
     )
-    _log_arrival(request, doors.journal.redactor, doors.config.logging.prompt_preview)
+    _log_request(request, runtime.journal.redactor, runtime.config.logging.prompt_preview)
     return request
 
 
@@ -267,7 +267,7 @@ def own(
     status: int, content: bytes, headers: Pairs | None = None, type_: str = "application/json"
 ) -> flask.Response:
     """An answer that no upstream had a part in."""
-    pairs = [("content-type", type_), ("request-id", arrived().id), *(headers or [])]
+    pairs = [("content-type", type_), ("request-id", current_request().id), *(headers or [])]
     made = Response(content, status=status_line(status))
     made.headers.clear()
     made.headers.extend([*pairs, ("content-length", str(len(content)))])
@@ -280,10 +280,10 @@ def turn_away(error: ApiError, headers: Pairs | None = None) -> flask.Response:
     Reading its body away takes a thread all the same: few may at a time, so that some stay free to
     answer; of the others the body is given up, and with it the connection.
     """
-    arrival = arrived()
-    slot = arrival.doors.drains.enter()
+    incoming = current_request()
+    slot = incoming.runtime.drains.enter()
     if slot is None:
-        arrival.upload.give_up()
+        incoming.upload.give_up()
         return _refusal(error, headers)
     try:
         return _refusal(error, headers)
@@ -293,16 +293,16 @@ def turn_away(error: ApiError, headers: Pairs | None = None) -> flask.Response:
 
 def _refusal(error: ApiError, headers: Pairs | None = None) -> flask.Response:
     """An error of our own, after what is left of the request's body has been read and dropped."""
-    arrival = arrived()
-    arrival.upload.drop()
-    secrets = secrets_in(_client_headers(arrival.environ))
-    arrival.doors.journal.refused(arrival.id, arrival.path, secrets, error)
-    response = own(error.status, error.body(arrival.id), [*error.headers, *(headers or [])])
-    response.call_on_close(arrival.upload.end)
+    incoming = current_request()
+    incoming.upload.drop()
+    secrets = secrets_in(_client_headers(incoming.environ))
+    incoming.runtime.journal.refused(incoming.id, incoming.path, secrets, error)
+    response = own(error.status, error.body(incoming.id), [*error.headers, *(headers or [])])
+    response.call_on_close(incoming.upload.end)
     return response
 
 
-def _log_arrival(request: Request, redactor: logs.Redactor, limit: int) -> None:
+def _log_request(request: Request, redactor: logs.Redactor, limit: int) -> None:
     preview = redactor.text(request.body.preview(), limit, request.secrets) if limit else None
     redactor.line(
         logging.INFO,

@@ -50,7 +50,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
     def run(self) -> None:
         """Until the end, of which others are to know."""
         super().run()
-        self._service.seen_out()
+        self._service.after_run()
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """SIGTERM. It may interrupt anything, so the stop itself waits for the event loop's next turn."""
@@ -105,7 +105,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             while _is_waited_for(listener):
                 self.accept(listener)
             listener.close()
-        self._service.see_out(self.cfg.graceful_timeout)
+        self._service.shut_down(self.cfg.graceful_timeout)
         self.alive = False
 
 

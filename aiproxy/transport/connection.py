@@ -293,7 +293,7 @@ class _Connection(HTTPConnection):
             answer.close()
             raise
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """Before the connection goes back to the pool: a late abort must not hit the next call."""
         if self.caller is not None:
             self.caller.detach()
@@ -415,7 +415,7 @@ class _Pool(HTTPConnectionPool):
 
     def _put_conn(self, conn: Any) -> None:
         if conn is not None:
-            conn.let_go()
+            conn.release()
         if conn is not None and self.is_left:
             conn.close()
         super()._put_conn(conn)
@@ -453,7 +453,7 @@ class Adapter(HTTPAdapter):
     def proxy_headers(self, proxy: str) -> dict[str, str]:
         return {"Proxy-Authorization": f"Basic {sent}"} if (sent := credentials(proxy)) else {}
 
-    def leave_all_but(self, ways: Iterable[Way]) -> None:
+    def keep_only(self, ways: Iterable[Way]) -> None:
         """See `_Pool.leave`."""
         staying = {_place(url, proxy, ca_bundle) for url, proxy, ca_bundle in ways}
         for way in set(self._kept) - staying:

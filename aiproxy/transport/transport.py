@@ -197,9 +197,9 @@ class Transport:
             call.close()
             raise CallFailed(Fault.CONNECT, faults.refusal(raw.status, raw.reason))
 
-    def leave_all_but(self, ways: Iterable[Way]) -> None:
+    def keep_only(self, ways: Iterable[Way]) -> None:
         """Close the kept connections of all other upstreams; those in use are closed when they come back."""
-        self._adapter.leave_all_but(ways)
+        self._adapter.keep_only(ways)
 
     def close(self) -> None:
         """Close the kept connections."""

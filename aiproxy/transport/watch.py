@@ -168,7 +168,7 @@ class Watcher:
             scope.abort(Reason.RESTART)
         return client
 
-    def see_out(self, graceful_timeout: float) -> None:
+    def shut_down(self, graceful_timeout: float) -> None:
         """The worker stops, and is killed after `graceful_timeout` seconds.
 
         Shortly before, the requests that are left are ended properly.
