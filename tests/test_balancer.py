@@ -1,8 +1,10 @@
 """Weighted round robin, the model filter, and the way one request takes."""
 
+import itertools
 import threading
 from collections import Counter
 
+import pytest
 from fakes import Clock
 
 from aiproxy.config import UpstreamSettings
@@ -75,6 +77,18 @@ def test_an_upstream_pays_for_its_turn_even_if_it_fails():
                 break
             candidate.fail()
     assert asked["flaky"] == 150
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations("abx")))
+@pytest.mark.parametrize("weight", [1, 2, 3, 10])
+def test_the_others_keep_their_shares_while_an_upstream_fails(order, weight):
+    made = {"a": upstream("a", 3), "b": upstream("b", 1), "x": upstream("x", weight)}
+    for each in made.values():
+        each.breaker.configure(10**6, 1800)  # its circuit never opens
+    balancer = Balancer([made[name] for name in order])
+    counts = Counter(serve(balancer, down="x") for _ in range(400))
+    assert abs(counts["a"] - 300) <= 1
+    assert counts["a"] + counts["b"] == 400
 
 
 def test_weights_hold_under_many_threads():

@@ -1492,6 +1492,231 @@ def test_an_error_that_is_compressed_is_told_in_clear(upstream, proxy):
     assert given.header("content-encoding") is None
 
 
+# ------------------------------------------------------------------------- more rows of the policy
+
+
+def test_a_timeout_counts_if_the_other_success_came_before_it(upstream, proxy):
+    one = proxy(upstream(answer(), hang()), failures=1, answer=0.15)
+    assert [one.ask().status, one.ask().status] == [200, 504]
+    assert one.breakers["a"].circuit().state == "open"
+
+
+COMMENT, COMMENT_LINE = b": wait\n\n", b":\n"
+
+
+def test_a_stream_whose_content_comes_after_pings_and_comments_is_whole(upstream, proxy):
+    stream = [COMMENT, PING, COMMENT, START, PING, *message_events()[2:]]
+    given = proxy(upstream(events(stream, gap=0.1)), first_byte=0.35).ask(stream=True)
+    assert (given.status, given.body) == (200, b"".join(stream))
+
+
+ERROR_BODY = b'{"type":"error","error":{"type":"api_error","message":"the upstream\'s"}}'
+
+
+INCOMPLETE = {
+    "stalls": {"then": "hang", "cut_at": 20},
+    "stalls_at_once": {"then": "hang", "cut_at": 0},
+    "breaks_off": {"then": "cut", "cut_at": 20},
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("status", [400, 500, 529])
+@pytest.mark.parametrize("how", INCOMPLETE)
+def test_an_error_whose_body_is_late_or_incomplete_is_replaced_by_ours_of_the_same_status(
+    upstream, proxy, monkeypatch, stream, status, how
+):
+    monkeypatch.setattr("aiproxy.proxy.attempt.ERROR_BODY_SECONDS", 0.1)
+    one = proxy(upstream(whole(status, ERROR_BODY, **INCOMPLETE[how])))
+    began = time.monotonic()
+    given = one.ask(stream)
+    assert time.monotonic() - began < 2
+    assert (given.status, given.upstream, given.ending) == (status, "a", "end")
+    assert given.json()["type"] == "error"
+    assert "the upstream's" not in given.json()["error"]["message"]
+    assert given.header("content-type") == "application/json"
+    assert given.header("content-length") == str(len(given.body))
+    assert one.outcomes() == [["failure" if status == 500 else "ignored"]]
+
+
+def test_an_error_body_that_trickles_is_awaited_no_longer(upstream, proxy, monkeypatch):
+    monkeypatch.setattr("aiproxy.proxy.attempt.ERROR_BODY_SECONDS", 0.1)
+    a = upstream(trickle(b"{" * 999, 0.01, content_type="application/json", status=529))
+    began = time.monotonic()
+    assert proxy(a, upstream()).ask().upstream == "b"
+    assert 0.1 <= time.monotonic() - began < 2
+
+
+def first(one):
+    """Settings of an upstream that gets nearly all turns of the round robin."""
+    return {"base_url": one, "weight": 90}
+
+
+@pytest.fixture
+def refusing(upstream, proxy, clock):
+    """Upstream a, which has refused twenty requests over a minute that b answered, and b."""
+
+    def start(*more, **settings):
+        a, b = upstream(default=error(400)), upstream()
+        one = proxy(first(a), b, *more, clock=clock, **settings)
+        for _ in range(20):
+            assert one.ask().upstream == "b"
+            clock.now += 3.2
+        return one, a, b
+
+    return start
+
+
+def test_after_its_next_success_such_an_upstream_is_asked_as_any_other(refusing, clock):
+    one, a, _ = refusing()
+    clock.now += 60
+    a.script(answer())
+    assert one.ask().upstream == "a"
+    assert [one.ask().upstream for _ in range(3)] == ["b"] * 3
+    assert seen(a) == [24]
+
+
+def test_another_result_within_the_minute_shows_that_it_does_not_refuse_everything(upstream, proxy, clock):
+    a, b = upstream(*[error(400)] * 10, error(500), default=error(400)), upstream()
+    one = proxy(first(a), b, clock=clock)
+    for _ in range(25):
+        one.ask()
+        clock.now += 4
+    assert seen(a) == [25]
+
+
+def test_the_refusals_of_such_an_upstream_do_not_stop_the_last_resort(upstream, refusing, clock):
+    c = upstream(close_now())
+    one, _, b = refusing({"base_url": c, "available_models": {"claude-x", "only-c"}}, failures=1)
+    assert [one.ask().upstream for _ in range(3)] == ["b"] * 3  # c gets its turn, and its circuit opens
+    b.script(error(500), error(500))
+    clock.now += 60
+    given = one.ask()
+    assert (given.status, given.upstream, given.attempts) == (200, "c", 3)
+
+
+BOUND = {
+    "thread": ({"thread": {"type": "continue", "previous_message_id": "msg_1"}}, {}),
+    "container": ({"container": "container_1"}, {}),
+    "file": ({"system": [{"type": "document", "source": {"type": "file", "file_id": "file_1"}}]}, {}),
+    "workspace": ({}, {"anthropic-workspace-id": "wrkspc_1"}),
+}
+
+
+@pytest.mark.parametrize(
+    ("said", "status", "asked"),
+    [
+        (error(401), 502, [1, 0]),
+        (error(404), 404, [1, 0]),
+        (error(429), 429, [1, 0]),
+        (error(422), 422, [1, 0]),
+        (error(500), 200, [1, 1]),
+        (error(529), 200, [1, 1]),
+        (close_now(), 200, [1, 1]),
+    ],
+    ids=["401", "404", "429", "422", "500", "529", "break"],
+)
+@pytest.mark.parametrize("names", BOUND)
+def test_a_request_that_names_what_one_account_has_is_not_tried_elsewhere_after_a_4xx(
+    upstream, proxy, names, said, status, asked
+):
+    members, headers = BOUND[names]
+    a, b = upstream(said), upstream()
+    assert proxy(a, b).ask(question={**QUESTION, **members}, headers=headers).status == status
+    assert seen(a, b) == asked
+
+
+def test_the_404_of_such_a_request_costs_its_model_nothing(upstream, proxy):
+    a, b = upstream(*[error(404)] * 3), upstream()
+    one = proxy(first(a), b)
+    question = {**QUESTION, "container": "container_1"}
+    assert [one.ask(question=question).status for _ in range(3)] == [404] * 3
+    assert one.ask().upstream == "a"
+
+
+@pytest.mark.parametrize(
+    ("type_", "outcome"),
+    [("api_error", "failure"), ("authentication_error", "failure"), ("overloaded_error", "ignored")],
+)
+def test_an_error_event_after_the_commit_ends_the_answer_at_once_and_counts_as_its_status(
+    upstream, proxy, type_, outcome
+):
+    a, b = upstream(events([START, BLOCK, error_event(type_)], then="hang")), upstream()
+    one = proxy(first(a), b)
+    began = time.monotonic()
+    given = one.ask(stream=True)
+    assert time.monotonic() - began < 2
+    assert (given.status, given.ending) == (200, "cut")
+    assert given.body.endswith(error_event(type_))
+    assert one.outcomes() == [[outcome], []]
+    assert one.ask().upstream == ("b" if type_ == "overloaded_error" else "a")
+
+
+@pytest.mark.parametrize("status", [429, 529])
+def test_without_a_retry_after_the_backoff_of_the_model_is_2_s_and_doubles_to_300(
+    upstream, proxy, clock, status
+):
+    a, b = upstream(), upstream()
+    one = proxy(first(a), b, clock=clock, failures=1, cooldown=1800.0)
+    for seconds in (2, 4, 8, 16, 32, 64, 128, 256, 300, 300):
+        a.script(error(status))
+        assert one.ask().upstream == "b"
+        assert one.ask(question=OTHER_MODEL).upstream == "a"
+        clock.now += seconds - 0.1
+        assert one.ask().upstream == "b"
+        clock.now += 0.1
+    assert one.ask().upstream == "a"
+    a.script(error(status))
+    assert one.ask().upstream == "b"
+    clock.now += 2  # the success has ended the doubling
+    assert one.ask().upstream == "a"
+
+
+def test_a_success_of_the_model_starts_the_count_of_its_404s_again(upstream, proxy):
+    a, b = upstream(error(404), error(404), answer(), error(404), error(404)), upstream()
+    one = proxy(first(a), b)
+    assert [one.ask().upstream for _ in range(6)] == ["b", "b", "a", "b", "b", "a"]
+
+
+def test_a_retry_after_that_is_a_date_reaches_the_client_in_seconds(upstream, proxy):
+    date = format_datetime(datetime.now(UTC) + timedelta(seconds=31), usegmt=True)
+    given = proxy(upstream(error(529, headers=[("retry-after", date)]))).ask()
+    assert given.header("retry-after") in ("29", "30", "31")
+
+
+@pytest.mark.parametrize(("value", "client_gets"), [("0.5", "1"), ("-5", None), ("soon", None), ("7", "7")])
+@pytest.mark.parametrize("status", [400, 404])
+def test_the_retry_after_of_an_error_about_the_request_is_its_own_in_whole_seconds(
+    upstream, proxy, status, value, client_gets
+):
+    limit = upstream(error(429, headers=[("retry-after", "3")])) if status == 400 else upstream(close_now())
+    given = proxy(limit, upstream(error(status, headers=[("retry-after", value)]))).ask()
+    assert (given.status, given.header("retry-after")) == (status, client_gets)
+
+
+def test_of_upstreams_in_backoff_the_one_due_first_is_asked_first_and_before_those_that_are_open(
+    upstream, proxy, clock
+):
+    asked = []
+    replies = [close_now(), *(error(529, headers=[("retry-after", value)]) for value in ("50", "20", "30"))]
+    fakes = [upstream(noting(asked, name, reply)) for name, reply in zip("abcd", replies, strict=True)]
+    for name, fake in zip("abcd", fakes, strict=True):
+        fake.script(noting(asked, name, error(500)))
+    one = proxy(*fakes, clock=clock, failures=1)
+    assert one.ask().status == 529
+    asked.clear()
+    assert one.ask().status == 500
+    assert asked == ["c", "d", "b", "a"]
+
+
+def test_weights_hold_while_an_upstream_is_down(upstream, proxy):
+    a, b, c = upstream(), upstream(), upstream(default=close_now())
+    one = proxy({"base_url": a, "weight": 3}, b, {"base_url": c, "weight": 2}, failures=10**6)
+    assert [one.ask().status for _ in range(24)] == [200] * 24
+    assert seen(c) == [8]  # it pays for its turns
+    assert [len(a.seen), len(b.seen)] == pytest.approx([18, 6], abs=1)
+
+
 # --------------------------------------------------------------------------------------- bugs of ours
 
 

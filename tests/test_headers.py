@@ -108,6 +108,8 @@ def test_the_media_type_is_told_without_its_parameters():
         ("0", 0.0),
         ("-3", None),
         ("inf", None),
+        ("1_0", None),
+        ("1e300", 1e9),
         ("1e999", None),
         ("Sun, 22 Nov 2026 12:01:00 GMT", 60.0),
         ("Sun, 22 Nov 2026 11:00:00 GMT", 0.0),

@@ -78,17 +78,17 @@ def test_attempts_are_counted_by_upstream_and_verdict():
     metrics = Metrics()
     metrics.attempt("one", "answered", 0.3)
     metrics.attempt("one", "answered", 0.4)
-    metrics.attempt("two", "undecided", None)
+    metrics.attempt("two", "refused", None)
     count = "aiproxy_attempts_total"
     assert figure(metrics, count, upstream="one", verdict="answered") == 2
-    assert figure(metrics, count, upstream="two", verdict="undecided") == 1
+    assert figure(metrics, count, upstream="two", verdict="refused") == 1
 
 
 def test_the_first_byte_is_that_of_good_answers():
     metrics = Metrics()
     metrics.attempt("one", "answered", 0.3)
     metrics.attempt("one", "answered", 70.0)
-    metrics.attempt("one", "rests", 0.01)
+    metrics.attempt("one", "backoff", 0.01)
     metrics.attempt("one", "counted", None)
     name = "aiproxy_first_byte_seconds"
     assert figure(metrics, f"{name}_count", upstream="one") == 2

@@ -29,6 +29,8 @@ _REQUEST_PREFIXES_ONLY_HERE = ("x-forwarded-", "cf-", "x-claude-gateway-user-", 
 #: Of the upstream's own hop; length and encoding are set anew from the bytes that go out.
 _RESPONSE_ONLY_HERE = frozenset("content-length set-cookie set-cookie2 server date alt-svc".split())
 
+_LONGEST = 1e9  # seconds of a `retry-after`, some thirty years
+
 # What gunicorn accepts in a response; anything else would turn a good answer into a 500.
 _TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9a-z]+")
 _VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
@@ -103,7 +105,7 @@ def seconds_of(retry_after: str | None, now: datetime | None = None) -> float | 
     if retry_after is None:
         return None
     try:
-        seconds = float(retry_after)
+        seconds = float(retry_after if "_" not in retry_after else "")
     except ValueError:
         try:
             date = parsedate_to_datetime(retry_after)
@@ -112,4 +114,4 @@ def seconds_of(retry_after: str | None, now: datetime | None = None) -> float | 
         date = date if date.tzinfo else date.replace(tzinfo=UTC)
         seconds = (date - (now or datetime.now(UTC))).total_seconds()
         seconds = max(0.0, seconds)  # a date in the past
-    return seconds if 0 <= seconds < math.inf else None
+    return min(seconds, _LONGEST) if 0 <= seconds < math.inf else None

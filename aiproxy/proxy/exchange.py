@@ -76,9 +76,10 @@ class Exchange:
     @property
     def may_ask_open_circuits(self) -> bool:
         """See `balancer.Progress`: the best answer so far is not a 400 or 422 about the request."""
-        return not any(
-            each.decision.rank is Rank.REQUEST and each.failure.status in (400, 422) for each in self._failed
-        )
+        best = self._best()
+        if best is None or best.decision.rank is not Rank.REQUEST:
+            return True
+        return best.failure.status not in (400, 422)
 
     @property
     def all_lack_it(self) -> bool:
@@ -243,7 +244,7 @@ class Exchange:
         """Of several `retry-after` the smallest, in whole seconds: some upstream is free again by then."""
         if value_of(headers, "retry-after") is None:
             return headers
-        waits = [each.failure.retry_after for each in self._failed if each.failure.retry_after is not None]
+        waits = [wait for each in self._failed if (wait := each.failure.retry_after)]
         kept = [pair for pair in headers if pair[0] not in ("retry-after", "retry-after-ms")]
         return [*kept, ("retry-after", str(math.ceil(min(waits))))] if waits else kept
 

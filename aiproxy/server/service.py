@@ -236,7 +236,7 @@ class Service:
         self.update_gauges()
         return self.metrics.told(self._server)
 
-    def _built(self, config: Config, staying: dict[str, Upstream], cursor: dict[str, int]) -> Runtime:
+    def _built(self, config: Config, staying: dict[str, Upstream], cursor: dict[str, float]) -> Runtime:
         logs.configure(config.logging)
         logs.adopt(logging.getLogger("gunicorn.error"))
         enabled = [settings for settings in config.upstreams if settings.enabled]

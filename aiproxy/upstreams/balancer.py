@@ -120,17 +120,19 @@ class Candidate:
 class Balancer:
     """Thread-safe."""
 
-    def __init__(self, upstreams: Sequence[Upstream], cursor: Mapping[str, int] | None = None) -> None:
+    def __init__(self, upstreams: Sequence[Upstream], cursor: Mapping[str, float] | None = None) -> None:
         """`cursor`: another balancer's position, for the upstreams that had the same names."""
         self.upstreams = tuple(upstreams)
         self._lock = threading.Lock()
         # Bounded by what the weights can bring about: after a great change of weights it would last too long.
         bound = sum(upstream.weight for upstream in self.upstreams)
         was = cursor or {}
-        self._current = {each: max(-bound, min(bound, was.get(each.name, 0))) for each in self.upstreams}
+        self._current: dict[Upstream, float] = {
+            each: max(-bound, min(bound, was.get(each.name, 0))) for each in self.upstreams
+        }
 
     @property
-    def cursor(self) -> dict[str, int]:
+    def cursor(self) -> dict[str, float]:
         """The position of the round robin: each upstream's number by its name."""
         with self._lock:
             return {upstream.name: current for upstream, current in self._current.items()}
@@ -148,7 +150,9 @@ class Balancer:
         the one due first, and those with an open circuit if `progress` allows it. `model` is the client's.
         """
         left = list(among)
-        while (candidate := self._usable(left, model, preferred)) is not None:
+        # A turn after a failure costs as much as the first one: the others then keep their shares.
+        price = sum(upstream.weight for upstream in left if upstream.usable(model))
+        while (candidate := self._usable(left, model, preferred, price)) is not None:
             left.remove(candidate.upstream)
             yield candidate
         left.sort(key=lambda upstream: upstream.due(model))
@@ -161,10 +165,12 @@ class Balancer:
     def _last_resort(self, upstream: Upstream, model: str) -> Candidate:
         return Candidate(upstream, upstream.model_for(model), upstream.breaker.acquire_last_resort())
 
-    def _usable(self, left: list[Upstream], model: str, preferred: Sequence[Upstream]) -> Candidate | None:
+    def _usable(
+        self, left: list[Upstream], model: str, preferred: Sequence[Upstream], price: float
+    ) -> Candidate | None:
         """One that is in use, or a trial that no other process runs."""
         while True:
-            found = self._preferred_one(left, model, preferred) or self._turn(left, model)
+            found = self._preferred_one(left, model, preferred) or self._turn(left, model, price)
             if found is None:
                 return None
             upstream, permit = found
@@ -181,11 +187,12 @@ class Balancer:
                     return upstream, permit
         return None
 
-    def _turn(self, left: list[Upstream], model: str) -> tuple[Upstream, Permit] | None:
+    def _turn(self, left: list[Upstream], model: str, price: float) -> tuple[Upstream, Permit] | None:
         """One step of nginx's smooth weighted round robin.
 
         Each gains its weight, the one that is furthest ahead is chosen and pays the sum:
         https://github.com/nginx/nginx/commit/52327e0627f49dbda1e8db695e63a4b0af4448b1
+        `price` is the sum in the request's first turn. In a later turn fewer upstreams share that price.
         """
         with self._lock:
             usable = [upstream for upstream in left if upstream.usable(model)]
@@ -195,8 +202,10 @@ class Balancer:
                 if permit is None:  # another thread's failure opened it at this moment
                     usable.remove(chosen)
                     continue
+                weights = sum(upstream.weight for upstream in usable)
+                share = max(1.0, price / weights)
                 for upstream in usable:
-                    self._current[upstream] += upstream.weight
-                self._current[chosen] -= sum(upstream.weight for upstream in usable)
+                    self._current[upstream] += upstream.weight * share
+                self._current[chosen] -= weights * share
                 return chosen, permit
         return None
