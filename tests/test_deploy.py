@@ -324,6 +324,15 @@ def test_an_answer_with_a_large_head_passes(bare):
 
 
 @needs_nginx
+def test_a_header_field_of_40_kb_and_an_answer_head_of_24_kb_pass_nginx_and_aiproxy(front, fake):
+    fake.script(answer(headers=[("x-large", "y" * 24 * 1024)]))
+    before = len(fake.seen)
+    got = asked(front, headers=[("x-large", "x" * 40 * 1024)])
+    assert (got.status, got.header("x-large")) == (200, "y" * 24 * 1024)
+    assert fake.seen[before].header("x-large") == "x" * 40 * 1024
+
+
+@needs_nginx
 def test_the_access_log_names_the_request_and_no_secret(bare):
     for fake in bare.instances:
         fake.script(answer(headers=[("request-id", "req_of_the_upstream")]))
