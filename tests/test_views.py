@@ -32,6 +32,7 @@ from fakes import (
 
 from aiproxy.app import create_app
 from aiproxy.config import BreakerSettings, Config, UpstreamSettings
+from aiproxy.errors import ApiError
 from aiproxy.server import upload
 
 MB = 1024 * 1024
@@ -645,6 +646,7 @@ def test_a_base_url_that_ends_in_v1_is_named_as_the_mistake(method, path):
     response = in_process("demo://answers").open(path, method=method, json=ASK)
     assert (response.status_code, response.json["error"]["type"]) == (400, "invalid_request_error")
     assert "ANTHROPIC_BASE_URL must not end in /v1" in response.json["error"]["message"]
+    assert in_process("demo://answers").head(path).status_code == 400
 
 
 @pytest.mark.parametrize(
@@ -654,6 +656,28 @@ def test_a_base_url_that_ends_in_v1_is_named_as_the_mistake(method, path):
 def test_our_own_errors_that_a_retry_cannot_mend_say_so(path, body, status):
     response = in_process("demo://answers").post(path, json=body)
     assert (response.status_code, response.headers["x-should-retry"]) == (status, "false")
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 405, 413, 414, 415, 417, 422, 431])
+def test_a_retry_mends_no_other_4xx(status):
+    assert ApiError(status, "invalid_request_error", "x").headers == [("x-should-retry", "false")]
+
+
+@pytest.mark.parametrize("status", [408, 409, 429, 500, 501, 502, 503, 504, 529])
+def test_a_retry_may_mend_what_concerns_time_or_the_server(status):
+    assert ApiError(status, "api_error", "x").headers == []
+
+
+def test_a_model_that_no_upstream_has_is_not_retried():
+    one = UpstreamSettings(
+        name="a", base_url="demo://answers", token="", available_models=frozenset({"claude-x"})
+    )
+    response = (
+        create_app(Config(upstreams=(one,)))
+        .test_client()
+        .post("/v1/messages", json={**ASK, "model": "claude-y"})
+    )
+    assert (response.status_code, response.headers["x-should-retry"]) == (404, "false")
 
 
 def test_our_own_errors_that_a_retry_may_mend_do_not():

@@ -52,6 +52,7 @@ def test_what_gunicorn_cannot_read_is_refused_in_the_api_s_shape_and_repeated_no
         client.send(request_)
         got = client.read()
     assert got.status == status
+    assert got.header("x-should-retry") == ("false" if status < 500 else None)
     error = got.json()
     assert error["error"]["type"] == "invalid_request_error"
     assert error["request_id"] == got.header("request-id")
