@@ -104,6 +104,7 @@ def test_without_a_good_key_it_is_the_api_s_401_and_no_upstream_is_asked(upstrea
     fake = upstream()
     reply = ask(client_of(fake), headers)
     assert reply.status_code == 401
+    assert reply.headers["x-should-retry"] == "false"
     assert reply.content_type == "application/json"
     told = reply.get_json()
     assert told["type"] == "error"
@@ -183,6 +184,18 @@ def test_the_log_has_the_key_s_name_and_never_the_key(upstream, capsys, name, ke
     said = capsys.readouterr().out
     assert f"client={name} " in said
     assert_unsaid(said, key)
+
+
+def test_the_end_of_a_request_is_logged_and_counted_by_client_and_model(upstream, capsys):
+    usage = {"input_tokens": 5, "output_tokens": 7}
+    client = client_of(upstream(answer(usage=usage)))
+    assert ask(client, [x_api_key(ALICE)]).status_code == 200
+    [done] = [line for line in capsys.readouterr().out.splitlines() if " done " in line]
+    assert f" client=alice model={MODEL} " in done
+    figures = client.get("/metrics", headers=[x_api_key(ALICE)]).get_data(as_text=True)
+    for kind, tokens in (("input", 5), ("output", 7)):
+        labels = f'client="alice",kind="{kind}",model="{MODEL}"'
+        assert f"aiproxy_client_tokens_total{{{labels}}} {tokens}.0" in figures
 
 
 @pytest.mark.parametrize("key", [ALICE, BOB])

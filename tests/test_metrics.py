@@ -15,8 +15,9 @@ import yaml
 from fakes import RawClient
 from prometheus_client.parser import text_string_to_metric_families
 
+from aiproxy import __version__
 from aiproxy.api.report import Report
-from aiproxy.observability.metrics import STRANGERS, Metrics, process_ended
+from aiproxy.observability.metrics import STRANGERS, Metrics, exposition_of, process_ended
 
 ROOT = Path(__file__).parent.parent
 ODD = ['say "hi"', "two\nlines", "back\\slash", "back\\nslash", "cr\rlf", "{a=b},", "ünï 漢", " ", "nul\0"]
@@ -183,6 +184,26 @@ def test_tokens_are_also_counted_by_client_and_model():
     name, labels = "aiproxy_client_tokens_total", {"model": "claude-x", "kind": "output"}
     assert figure(metrics, name, client="alice", **labels) == 14
     assert figure(metrics, name, client="anonymous", **labels) == 7
+
+
+def test_tokens_of_a_model_that_nobody_configured_are_bounded_as_requests_are():
+    metrics = Metrics()
+    for n in range(STRANGERS + 5):
+        metrics.client_tokens("alice", f"made-up-{n}", "complete", USED)
+    metrics.client_tokens("alice", "never-answered", "broken", USED)
+    shown = labels_of(metrics, "aiproxy_client_tokens_total", "model")
+    assert len(shown) == STRANGERS + 1
+    assert figure(metrics, "aiproxy_client_tokens_total", client="alice", model="other", kind="input") == 30
+
+
+def test_several_machines_each_have_their_version_and_their_clients_tokens():
+    body, _ = exposition_of([busy(Metrics()).told("m1"), busy(Metrics()).told("m2")])
+    samples = parsed(body)
+    for machine in ("m1", "m2"):
+        version = frozenset({"version": __version__, "machine": machine}.items())
+        assert samples["aiproxy_build_info", version] == 1
+        tokens = {"client": "me", "model": "claude-x", "kind": "output", "machine": machine}
+        assert samples["aiproxy_client_tokens_total", frozenset(tokens.items())] == 7
 
 
 def test_a_configured_model_has_its_name_whatever_the_outcome():
@@ -359,6 +380,7 @@ def test_processes_tell_their_sum_and_what_a_dead_one_counted(worker, tmp_path):
         each.do("metrics.request('claude-x', 'complete', 'me')")
         each.do("metrics.attempt('one', 'answered', 0.3)")
         each.do("metrics.answer('one', 3.0, Report(input_tokens=5))")
+        each.do("metrics.client_tokens('me', 'claude-x', 'complete', Report(input_tokens=5))")
         each.do("metrics.stream_began()")
         each.do("metrics.reloaded('applied')")
     second.do("metrics.circuits({'one': 'open'})")
@@ -370,6 +392,8 @@ def test_processes_tell_their_sum_and_what_a_dead_one_counted(worker, tmp_path):
         assert figure(each, "aiproxy_first_byte_seconds_bucket", upstream="one", le="0.5") == 2
         assert figure(each, "aiproxy_answer_seconds_count", upstream="one") == 2
         assert figure(each, "aiproxy_tokens_total", upstream="one", kind="input") == 10
+        assert figure(each, "aiproxy_client_tokens_total", client="me", model="claude-x", kind="input") == 10
+        assert figure(each, "aiproxy_build_info", version=__version__) == 1
         assert figure(each, "aiproxy_streams_in_flight") == 2
         assert figure(each, "aiproxy_circuit_state", upstream="one", state="open") == 1
         assert figure(each, "aiproxy_circuit_state", upstream="one", state="closed") == 1
