@@ -299,7 +299,7 @@ def test_circuits_and_the_cursor_of_upstreams_that_stay_are_kept(upstream, serve
                 served_by.append(client.read().header("x-aiproxy-upstream"))
             return served_by
 
-        before = ask(9)  # the circuit of `bad` is open from the third failure on
+        before = ask(15)  # the circuit of `bad` is open from the third failure on
         reloads = rewrite(served, {"max_in_flight": 50})
         served.wait_for_log("reload result=applied", since=reloads)
         after = ask(4)
