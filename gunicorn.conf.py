@@ -20,3 +20,4 @@ accesslog = None  # aiproxy's own lines say more: upstream, attempts, tokens, ho
 on_starting = _master.on_starting
 when_ready = _master.when_ready
 child_exit = _master.child_exit
+ssl_context = _master.ssl_context

@@ -232,29 +232,21 @@ def close_responses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def watcher() -> Any:
-    """A watcher of its own."""
-    from aiproxy.transport.watch import Watcher
-
-    return Watcher(patience=60)
-
-
-@pytest.fixture
-def transport(watcher: Any) -> Iterator[Any]:
+def transport() -> Iterator[Any]:
     """A transport of its own."""
-    from aiproxy.transport.transport import Transport
+    from aiproxy.transport.session import Transport
 
-    one = Transport(watcher, 30.0)
+    one = Transport(30.0)
     yield one
     one.close()
 
 
 @pytest.fixture
-def impatient(watcher: Any) -> Iterator[Any]:
+def impatient() -> Iterator[Any]:
     """A transport whose connect timeout is short."""
-    from aiproxy.transport.transport import Transport
+    from aiproxy.transport.session import Transport
 
-    one = Transport(watcher, 0.15)
+    one = Transport(0.15)
     yield one
     one.close()
 

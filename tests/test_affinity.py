@@ -1,9 +1,9 @@
 """Sessions and their upstreams: what names one, where it goes, what that saves; other requests beside it."""
 
-import io
 import itertools
 import json
 import random
+import re
 import subprocess
 import sys
 import uuid
@@ -12,13 +12,12 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-import urllib3
+import responses
 from fakes import Clock, error, message_json
 
 from aiproxy.api import body
 from aiproxy.app import create_app
 from aiproxy.config import ClientKey, Config, LoggingSettings, UpstreamSettings
-from aiproxy.transport.connection import Adapter
 from aiproxy.upstreams.affinity import key_of, rank
 from aiproxy.upstreams.breaker import Breaker
 from aiproxy.upstreams.upstream import Upstream
@@ -40,8 +39,7 @@ class Accounts:
         name = urlsplit(request.url).hostname.removesuffix(".test")
         self.asked.append(name)
         status, content = self.reply(name, json.loads(request.body))
-        headers = {"content-type": "application/json"}
-        return urllib3.HTTPResponse(io.BytesIO(content), headers, status, preload_content=False)
+        return status, {}, content
 
     def client(self, weights, affinity="prompt_cache", clock=None, models=None, **settings):
         """The proxy in front of them."""
@@ -61,10 +59,12 @@ class Accounts:
 
 
 @pytest.fixture
-def accounts(monkeypatch):
+def accounts():
     accounts = Accounts()
-    monkeypatch.setattr(Adapter, "exchange", lambda _, caller, request: accounts.exchange(request))
-    return accounts
+    with responses.RequestsMock(assert_all_requests_are_fired=False) as mock:
+        every = re.compile(r"http://\w+\.test/")
+        mock.add_callback(responses.POST, every, accounts.exchange, content_type="application/json")
+        yield accounts
 
 
 def request_of(session=None, cached=True, model="m", **extra):

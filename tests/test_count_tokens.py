@@ -1,16 +1,14 @@
 """`POST /v1/messages/count_tokens`: as messages are sent, but outside circuit breakers and round robin."""
 
-import io
 import json
 from collections import Counter
 
 import pytest
-import urllib3
+import responses
 from fakes import Clock, answer, close_now, dead_port, error, message_json, whole
 
 from aiproxy.app import create_app
 from aiproxy.config import Config, LoggingSettings, UpstreamSettings
-from aiproxy.transport.connection import Adapter
 
 PATH = "/v1/messages/count_tokens"
 COUNT = b'{ "input_tokens" : 14, "new":1.10}'
@@ -333,13 +331,11 @@ def test_counting_takes_no_trial(upstream):
     assert maker(message(client)) == "a", "the trial was still to be had"
 
 
-def test_three_hundred_to_one_hundred_stays_exact_with_counts_in_between(monkeypatch):
-    def exchange(adapter, caller, request):
-        content = COUNT if request.url.endswith(PATH) else message_json()
-        headers = {"content-type": "application/json"}
-        return urllib3.HTTPResponse(io.BytesIO(content), headers, 200, preload_content=False)
-
-    monkeypatch.setattr(Adapter, "exchange", exchange)
+@responses.activate
+def test_three_hundred_to_one_hundred_stays_exact_with_counts_in_between():
+    for name in "ab":
+        responses.post(f"http://{name}.test{PATH}", COUNT, content_type="application/json")
+        responses.post(f"http://{name}.test/v1/messages", message_json(), content_type="application/json")
     client = client_of(
         {"base_url": "http://a.test", "weight": 3},
         {"base_url": "http://b.test", "weight": 1},

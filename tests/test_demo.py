@@ -29,7 +29,7 @@ def ask(place, body):
     request.method, request.url = "POST", f"demo://{place}/v1/messages"
     request.headers = requests.structures.CaseInsensitiveDict()
     request.body = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return demo.DemoAdapter().send(request)
+    return demo.DemoAdapter().send(request).raw
 
 
 def read(response):

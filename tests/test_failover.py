@@ -51,7 +51,7 @@ from aiproxy.app import create_app
 from aiproxy.config import BreakerSettings, Config, Timeouts, UpstreamSettings
 from aiproxy.server import service
 from aiproxy.transport import connection
-from aiproxy.transport.transport import Transport
+from aiproxy.transport.session import Transport
 from aiproxy.upstreams.breaker import Breaker, Outcome
 
 MB = 1024 * 1024
@@ -545,7 +545,7 @@ def test_a_reused_connection_that_breaks_after_a_byte_is_not_stale(upstream, pro
 
 
 def test_a_reused_connection_that_breaks_after_seconds_of_silence_is_not_stale(upstream, proxy, monkeypatch):
-    monkeypatch.setattr("aiproxy.transport.transport.DEAD_WITHIN", 0.2)
+    monkeypatch.setattr("aiproxy.transport.session.DEAD_WITHIN", 0.2)
 
     def breaks_late(wire, request):
         time.sleep(0.4)
@@ -679,11 +679,14 @@ def test_after_a_timeout_the_next_upstream_answers(upstream, proxy, stream):
     assert one.outcomes() == [["failure"], ["success"]]
 
 
-def test_a_whole_answer_is_not_bounded_by_first_byte_nor_a_stream_by_answer(upstream, proxy):
-    one = proxy(upstream(default=later(0.2, answer())), first_byte=0.1)
-    assert one.ask().status == 200
-    one = proxy(upstream(default=later(0.2, answer())), answer=0.1)
-    assert one.ask(stream=True).status == 200
+def test_a_whole_answer_is_not_bounded_by_first_byte(upstream, proxy):
+    assert proxy(upstream(default=later(0.2, answer())), first_byte=0.1).ask().status == 200
+
+
+def test_a_stream_is_bounded_by_answer_up_to_its_commit_point_and_no_longer(upstream, proxy):
+    assert proxy(upstream(default=later(0.3, answer())), answer=0.1).ask(stream=True).status == 504
+    slow = events(message_events([f"word {n} " for n in range(9)]), gap=0.05)
+    assert proxy(upstream(slow), answer=0.2).ask(stream=True).ending == "end"
 
 
 def test_an_upload_that_the_upstream_does_not_read_ends_at_the_timeout(upstream, proxy):

@@ -46,9 +46,10 @@ BEGUN = message_events(["one ", "two ", "three"])[:4]
 
 # The proxy as it is, but in a hurry, and with a model that meets a bug of ours.
 HURRY = f"""
+import aiproxy.server.client
 import aiproxy.server.upload
 
-aiproxy.server.upload.SILENCE = {SILENCE}
+aiproxy.server.client.UPLOAD_SILENCE = {SILENCE}
 aiproxy.server.upload.DROP_SECONDS = {DROP_SECONDS}
 
 import os

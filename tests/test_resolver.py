@@ -42,10 +42,6 @@ def lookups(monkeypatch):
         thread.join(2)
 
 
-def nobody_left():
-    """Whoever asked still wants to know."""
-
-
 def resolve_threads():
     return [thread for thread in threading.enumerate() if thread.name == "resolve"]
 
@@ -74,12 +70,12 @@ def in_threads(count, work):
 
 def test_a_name_becomes_what_the_system_says(lookups):
     lookups.gate.set()
-    assert Resolver().resolve("api.example", 443, 1, nobody_left) == FOUND
+    assert Resolver().resolve("api.example", 443, 1) == FOUND
     assert lookups.asked == [("api.example", 443)]
 
 
 def test_the_system_s_own_answer_is_for_streams():
-    found = Resolver().resolve("localhost", 8080, 5, nobody_left)
+    found = Resolver().resolve("localhost", 8080, 5)
     assert found
     assert {kind for _, kind, _, _, _ in found} == {socket.SOCK_STREAM}
     assert {place[1] for *_, place in found} == {8080}
@@ -87,7 +83,7 @@ def test_the_system_s_own_answer_is_for_streams():
 
 def test_all_who_want_a_name_share_one_lookup(lookups):
     one = Resolver()
-    wait = in_threads(20, lambda: one.resolve("api.example", 443, 5, nobody_left))
+    wait = in_threads(20, lambda: one.resolve("api.example", 443, 5))
     assert lookups.began.acquire(timeout=2)
     time.sleep(0.05)  # the others come while it runs
     assert len(resolve_threads()) == 1
@@ -100,9 +96,9 @@ def test_all_who_want_a_name_share_one_lookup(lookups):
 def test_other_names_and_ports_do_not_wait_for_one_that_hangs(lookups, other):
     one = Resolver()
     with pytest.raises(TimeoutError):
-        one.resolve("hangs.example", 443, 0.02, nobody_left)
+        one.resolve("hangs.example", 443, 0.02)
     lookups.ready.add(other[0])
-    assert one.resolve(*other, 1, nobody_left) == FOUND
+    assert one.resolve(*other, 1) == FOUND
     assert lookups.asked == [("hangs.example", 443), other]
 
 
@@ -110,7 +106,7 @@ def test_a_name_is_looked_up_anew_when_nobody_waits(lookups):
     lookups.gate.set()
     one = Resolver()
     for _ in range(3):
-        one.resolve("api.example", 443, 1, nobody_left)
+        one.resolve("api.example", 443, 1)
         for thread in resolve_threads():
             thread.join(2)
     assert len(lookups.asked) == 3
@@ -119,30 +115,15 @@ def test_a_name_is_looked_up_anew_when_nobody_waits(lookups):
 def test_a_lookup_that_hangs_ends_in_a_timeout_in_time(lookups):
     began = time.monotonic()
     with pytest.raises(TimeoutError):
-        Resolver().resolve("api.example", 443, 0.1, nobody_left)
+        Resolver().resolve("api.example", 443, 0.1)
     assert 0.1 <= time.monotonic() - began < 0.3
-
-
-def test_a_caller_whom_nobody_waits_for_any_more_is_let_go_and_the_others_are_not(lookups):
-    def left():
-        raise InterruptedError
-
-    one = Resolver()
-    wait = in_threads(1, lambda: one.resolve("api.example", 443, 5, nobody_left))
-    assert lookups.began.acquire(timeout=2)
-    began = time.monotonic()
-    with pytest.raises(InterruptedError):
-        one.resolve("api.example", 443, 5, left)
-    assert time.monotonic() - began < 0.6
-    lookups.gate.set()
-    assert wait() == [FOUND]
 
 
 def test_lookups_that_hang_do_not_pile_up_in_threads(lookups):
     one = Resolver()
     for _ in range(5):
         with pytest.raises(TimeoutError):
-            one.resolve("api.example", 443, 0.01, nobody_left)
+            one.resolve("api.example", 443, 0.01)
     assert len(resolve_threads()) == 1
     assert len(lookups.asked) == 1
 
@@ -150,8 +131,8 @@ def test_lookups_that_hang_do_not_pile_up_in_threads(lookups):
 def test_the_next_caller_takes_the_late_answer_of_a_lookup_that_others_gave_up(lookups):
     one = Resolver()
     with pytest.raises(TimeoutError):
-        one.resolve("api.example", 443, 0.01, nobody_left)
-    wait = in_threads(1, lambda: one.resolve("api.example", 443, 5, nobody_left))
+        one.resolve("api.example", 443, 0.01)
+    wait = in_threads(1, lambda: one.resolve("api.example", 443, 5))
     lookups.gate.set()
     assert wait() == [FOUND]
 
@@ -159,7 +140,7 @@ def test_the_next_caller_takes_the_late_answer_of_a_lookup_that_others_gave_up(l
 def test_a_name_that_is_not_found_is_told_to_all_who_wait(lookups):
     lookups.answer = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
     one = Resolver()
-    wait = in_threads(5, lambda: one.resolve("nowhere.example", 443, 5, nobody_left))
+    wait = in_threads(5, lambda: one.resolve("nowhere.example", 443, 5))
     assert lookups.began.acquire(timeout=2)
     lookups.gate.set()
     results = wait()
@@ -172,18 +153,18 @@ def test_a_failure_is_not_remembered(lookups):
     one = Resolver()
     lookups.answer = socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
     with pytest.raises(socket.gaierror):
-        one.resolve("api.example", 443, 1, nobody_left)
+        one.resolve("api.example", 443, 1)
     for thread in resolve_threads():
         thread.join(2)
     lookups.answer = FOUND
-    assert one.resolve("api.example", 443, 1, nobody_left) == FOUND
+    assert one.resolve("api.example", 443, 1) == FOUND
 
 
 @pytest.mark.parametrize("name", ["a" * 64 + ".example", "a..example", ".example", "\u2028.example"])
 def test_a_name_that_cannot_be_one_is_not_found_at_once(name):
     began = time.monotonic()
     with pytest.raises(socket.gaierror):
-        Resolver().resolve(name, 443, 3, nobody_left)
+        Resolver().resolve(name, 443, 3)
     assert time.monotonic() - began < 2
 
 
@@ -192,7 +173,7 @@ def test_a_lookup_that_fails_in_an_unknown_way_does_not_hold_up_those_who_wait(l
     lookups.gate.set()
     began = time.monotonic()
     with pytest.raises(Exception) as caught:
-        Resolver().resolve("api.example", 443, 0.3, nobody_left)
+        Resolver().resolve("api.example", 443, 0.3)
     assert not isinstance(caught.value, TimeoutError)
     assert time.monotonic() - began < 0.25
 
@@ -211,13 +192,13 @@ def test_a_literal_address_takes_no_thread(monkeypatch, host, family, address):
         raise AssertionError("a thread was started")
 
     monkeypatch.setattr(resolver.threading, "Thread", no_thread)
-    found = Resolver().resolve(host, 8443, 0, nobody_left)
+    found = Resolver().resolve(host, 8443, 0)
     assert [(one[0], one[4][:2]) for one in found] == [(family, (address, 8443))]
 
 
 def test_the_threads_do_not_keep_a_process_from_ending(lookups):
     with pytest.raises(TimeoutError):
-        Resolver().resolve("api.example", 443, 0.01, nobody_left)
+        Resolver().resolve("api.example", 443, 0.01)
     assert all(thread.daemon for thread in resolve_threads())
 
 
@@ -230,5 +211,5 @@ def test_a_thread_that_cannot_be_started_is_started_by_the_next_caller(lookups, 
     with monkeypatch.context() as exhausted:
         exhausted.setattr(threading.Thread, "start", no_more_threads)
         with contextlib.suppress(RuntimeError, OSError):
-            one.resolve("api.example", 443, 0.05, nobody_left)
-    assert one.resolve("api.example", 443, 1, nobody_left) == FOUND
+            one.resolve("api.example", 443, 0.05)
+    assert one.resolve("api.example", 443, 1) == FOUND

@@ -17,9 +17,11 @@ from gunicorn.http.errors import NoMoreData
 from gunicorn.http.wsgi import create
 
 from aiproxy.errors import ApiError
+from aiproxy.server import client as client_module
 from aiproxy.server import upload
+from aiproxy.server.client import ClientSocket, Serving
 from aiproxy.server.upload import Upload
-from aiproxy.transport.watch import Watcher
+from aiproxy.transport.wait import Shutdown, Wait
 
 MB = 1024 * 1024
 LIMIT = MB
@@ -32,9 +34,10 @@ class Connection:
     def __init__(self, stack):
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         self.client = stack.enter_context(socket.create_connection(listener.getsockname()))
-        self.server = stack.enter_context(listener.accept()[0])
+        accepted = listener.accept()[0]
+        self.server = stack.enter_context(ClientSocket(fileno=accepted.detach()))
         self.client.settimeout(5)
-        self.watcher = Watcher(patience=60)
+        self.shutdown = stack.enter_context(contextlib.closing(Shutdown()))
         self._settings = Config()
         self._settings.set("forwarded_allow_ips", "")
         self._parser = get_parser(self._settings, self.server, ("127.0.0.1", 1))
@@ -49,11 +52,16 @@ class Connection:
         return self.next_upload()
 
     def next_upload(self):
+        """As the worker does: gunicorn reads the head, what follows is read in a wait."""
+        self.server.serving = None
+        self.server.setblocking(True)
         request = next(self._parser)
+        self.server.serving = Serving(Wait(self.server, self.shutdown), 60)
+        self.server.setblocking(False)
         address = ("127.0.0.1", 1)
         environ = create(request, self.server, address, address, self._settings)[1]
         environ["gunicorn.socket"] = self.server  # as gunicorn's gthread worker has it
-        return Upload(environ, self.watcher)
+        return Upload(environ)
 
     def is_at_its_end(self):
         """Whether nothing that could be a request follows."""
@@ -123,7 +131,6 @@ def test_a_body_is_read_whole(connection, framing, sizes):
     read = connection.begin(framing, sum(sizes))
     with meanwhile(lambda: connection.send(spelt(framing, *pieces))):
         assert read.read(LIMIT) == b"".join(pieces)
-    assert connection.server.gettimeout() is None
 
 
 @pytest.mark.parametrize("framing", FRAMINGS)
@@ -148,7 +155,6 @@ def test_no_body_is_not_waited_for_nor_read_away(connection):
     assert read.read(LIMIT) == b""
     read.drop()
     assert time.monotonic() - began < 0.2
-    assert connection.watcher.watched == 0
 
 
 @pytest.mark.parametrize("framing", FRAMINGS)
@@ -170,7 +176,7 @@ def test_without_gunicorn_s_socket_it_reads_all_the_same():
             return data
 
     environ = {"wsgi.input": Input(), "CONTENT_LENGTH": "5"}
-    assert Upload(environ, Watcher(60)).read(LIMIT) == b"hello"
+    assert Upload(environ).read(LIMIT) == b"hello"
 
 
 # ------------------------------------------------------------------------------------------- too large
@@ -202,8 +208,6 @@ def test_what_is_left_of_a_too_large_body_is_read_away_and_the_connection_goes_o
         refusal(lambda: read.read(LIMIT))
         read.drop()
     assert connection.next_upload().read(LIMIT) == b"next"
-    assert connection.watcher.watched == 0
-    assert connection.server.gettimeout() is None
 
 
 # ------------------------------------------------------------------------------- silence and broken bodies
@@ -212,13 +216,12 @@ def test_what_is_left_of_a_too_large_body_is_read_away_and_the_connection_goes_o
 @pytest.mark.parametrize("framing", FRAMINGS)
 @pytest.mark.parametrize("sent", [0, 3])
 def test_a_body_that_falls_silent_is_a_408(connection, monkeypatch, framing, sent):
-    monkeypatch.setattr(upload, "SILENCE", 0.1)
+    monkeypatch.setattr(client_module, "UPLOAD_SILENCE", 0.1)
     read = connection.begin(framing, 10)
     connection.send((b"" if framing == "length" or not sent else b"a\r\n") + b"x" * sent)
     told, seconds = refusal(lambda: read.read(LIMIT))
     assert (told.status, told.type) == (408, "timeout_error")
     assert 0.1 <= seconds < 0.4
-    assert connection.server.gettimeout() is None
     # The rest will not come either: nobody waits for it again, and the answer can be sent.
     began = time.monotonic()
     read.drop()
@@ -227,25 +230,22 @@ def test_a_body_that_falls_silent_is_a_408(connection, monkeypatch, framing, sen
     assert connection.client.recv(9) == b"408"
 
 
-def test_the_message_says_how_long_it_was_silent(connection, monkeypatch):
-    monkeypatch.setattr(upload, "_PIECE", 4)
-    read = connection.begin(size=8)
-    connection.send(b"x" * 4)
-    waits, original = [], socket.socket.settimeout
-
-    def settimeout(sock, seconds):
-        waits.append(seconds)
-        original(sock, seconds if seconds is None else 0.05)
-
-    monkeypatch.setattr(socket.socket, "settimeout", settimeout)
-    told, _ = refusal(lambda: read.read(LIMIT))
-    assert "60 seconds" in told.message
-    assert set(waits) == {60.0, None}
+@pytest.mark.parametrize("framing", FRAMINGS)
+def test_an_upload_ends_when_the_worker_stops(connection, framing):
+    read = connection.begin(framing, 10)
+    connection.send(b"xxx" if framing == "length" else b"a\r\nxxx")
+    with meanwhile(connection.shutdown.end_waits):
+        told, seconds = refusal(lambda: read.read(LIMIT))
+    assert (told.status, told.type) == (529, "overloaded_error")
+    assert seconds < 0.5
+    read.drop()  # what is left is not read away
+    connection.server.sendall(b"529")
+    assert connection.client.recv(9) == b"529"
 
 
 @pytest.mark.parametrize("framing", FRAMINGS)
 def test_a_body_that_comes_slowly_but_steadily_may_take_longer_than_that(connection, monkeypatch, framing):
-    monkeypatch.setattr(upload, "SILENCE", 0.2)
+    monkeypatch.setattr(client_module, "UPLOAD_SILENCE", 0.2)
     pieces = [b"x"] * 10
     read = connection.begin(framing, len(pieces))
     wire = [spelt(framing, piece).removesuffix(b"0\r\n\r\n") for piece in pieces]
@@ -268,7 +268,6 @@ def test_a_body_that_breaks_off_is_a_400(connection, framing, way):
     assert (told.status, told.type) == (400, "invalid_request_error")
     assert seconds < 0.2
     read.drop()
-    assert connection.watcher.watched == 0
 
 
 def test_a_badly_chunked_body_is_a_400_and_nothing_after_it_is_read(connection):
@@ -291,8 +290,6 @@ def test_a_refused_body_is_read_away_unseen_and_the_connection_goes_on(connectio
     with meanwhile(lambda: connection.send(spelt(framing, *[b"x" * MB] * 3) + follows)):
         read.drop()
     assert connection.next_upload().read(LIMIT) == b"next"
-    assert connection.watcher.watched == 0
-    assert connection.server.gettimeout() is None
 
 
 def test_a_body_that_was_read_is_not_waited_for_again(connection):
@@ -337,7 +334,6 @@ def test_a_refused_body_that_trickles_or_stops_is_given_up_and_the_answer_can_be
         connection.server.sendall(b"529")
         assert connection.client.recv(9) == b"529"
     assert 0.2 <= seconds < 0.5
-    assert connection.watcher.watched == 0
 
 
 def test_a_refused_body_whose_client_leaves_is_not_waited_for(connection):
@@ -348,11 +344,9 @@ def test_a_refused_body_whose_client_leaves_is_not_waited_for(connection):
     read.drop()
     assert time.monotonic() - began < 0.2
     assert connection.is_at_its_end()
-    assert connection.watcher.watched == 0
 
 
 def test_a_badly_chunked_body_is_thrown_away_without_a_fuss(connection):
     read = connection.begin("chunked")
     connection.send(b"2\r\n{}\r\nzz\r\n")
     read.drop()
-    assert connection.watcher.watched == 0

@@ -7,7 +7,6 @@ each test starts a fake of its own. What gunicorn cannot show is asked of the ap
 import http.client
 import json
 import re
-import socket
 import sys
 import threading
 import time
@@ -288,22 +287,6 @@ def test_what_is_read_away_is_bounded_in_time(monkeypatch):
     assert time.monotonic() - began < 0.4
 
 
-def test_a_client_that_stops_sending_is_not_waited_for_longer_than_that(monkeypatch):
-    monkeypatch.setattr(upload, "DROP_SECONDS", 0.1)
-    ours, theirs = socket.socketpair()
-    hangs_up = threading.Timer(2, theirs.close)  # else nothing would end a wait without end
-    with ours, theirs, ours.makefile("rb", buffering=0) as stream:
-        hangs_up.start()
-        theirs.send(b"x" * 100)
-        overrides = {"wsgi.input": stream, "CONTENT_LENGTH": str(100 * MB), "gunicorn.socket": ours}
-        began = time.monotonic()
-        response = in_process("demo://answers").post("/v1/messages", environ_overrides=overrides)
-        assert response.status_code == 413
-        assert 0.1 <= time.monotonic() - began < 0.4
-        assert ours.gettimeout() is None  # gunicorn's next read blocks as before
-        hangs_up.cancel()
-
-
 def test_expect_100_continue_is_answered_and_goes_no_further(client, a):
     head = f"{HEAD}expect: 100-continue\r\ncontent-length: {len(SPELT)}\r\n\r\n"
     client.send(head.encode())
@@ -548,7 +531,7 @@ def test_a_repeated_header_reaches_the_upstream_joined(client, a):
 
 
 @pytest.mark.parametrize(
-    "query", ["?beta=true", "?a=%20%0D%0A&&c", "?a=%20&b=%zz", "?x=/../..//&y=http://h/?z", "?a=~!$'()*", ""]
+    "query", ["?beta=true", "?a=%20%0D%0A&&c&b=%C3%A9", "?x=/../..//&y=http://h/?z", "?a=~!$'()*", ""]
 )
 def test_the_query_passes_as_it_is_and_cannot_change_the_path(client, a, query):
     client.post(SPELT, target=f"/v1/messages{query}")

@@ -19,6 +19,7 @@ import time
 import pytest
 import trustme
 import yaml
+from clients import Leaving, unwatched
 from conftest import ROOT, Served
 from fakes import (
     HOST,
@@ -42,8 +43,8 @@ from fakes import (
 from aiproxy.app import create_app
 from aiproxy.config import Config, UpstreamSettings
 from aiproxy.policy import Fault
-from aiproxy.transport.transport import CallFailed, Outgoing
-from aiproxy.transport.watch import Reason
+from aiproxy.transport.failures import TransportError
+from aiproxy.transport.session import Outgoing
 
 MESSAGE = message_json()
 ASK = {"model": "claude-x", "max_tokens": 9, "messages": [{"role": "user", "content": "Hi"}]}
@@ -71,10 +72,8 @@ def other_bundle(tmp_path_factory):
 
 
 def begin(transport, url, proxy=None, ca_bundle=None, path="/v1/messages"):
-    """A call whose head has come."""
-    call = transport.call()
-    transport.send(call, Outgoing("POST", url + path, [TOKEN], b"{}", proxy, ca_bundle))
-    return call
+    """A response whose head has come."""
+    return transport.send(Outgoing("POST", url + path, [TOKEN], b"{}", proxy, ca_bundle), unwatched())
 
 
 def ask(*args, **options):
@@ -88,7 +87,7 @@ def ask(*args, **options):
 
 def failure(*args, **options):
     """What went wrong on the way to the end of an answer."""
-    with pytest.raises(CallFailed) as failed:
+    with pytest.raises(TransportError) as failed:
         ask(*args, **options)
     return failed.value
 
@@ -118,16 +117,16 @@ def _copy(recv, to):
 # ---------------------------------------------------------------- a forward proxy, as the transport sees it
 
 
-def test_a_plain_request_goes_to_the_forward_proxy_in_absolute_form_byte_for_byte(transport, upstream):
+def test_a_plain_request_goes_to_the_forward_proxy_in_absolute_form(transport, upstream):
     egress = upstream()
-    path = "/prefix/v1/messages?beta=true&x=a%20b+c%2F&y=%zz&z=%c3%A9"
-    assert ask(transport, "http://Api.example.com:8000", egress.url, path=path) == MESSAGE
+    path = "/prefix/v1/messages?beta=true&x=a%20b+c%2F&z=%C3%A9"
+    assert ask(transport, "http://api.example.com:8000", egress.url, path=path) == MESSAGE
     (seen,) = egress.seen
-    assert (seen.method, seen.target) == ("POST", f"http://Api.example.com:8000{path}")
+    assert (seen.method, seen.target) == ("POST", f"http://api.example.com:8000{path}")
     assert sorted((name.lower(), value) for name, value in seen.headers) == [
         ("accept-encoding", "identity"),
         ("content-length", "2"),
-        ("host", "Api.example.com:8000"),
+        ("host", "api.example.com:8000"),
         TOKEN,
     ]
 
@@ -189,11 +188,18 @@ def test_an_upstream_gets_the_same_host_directly_and_through_a_tunnel(
     assert [request.every("host") for request in a.seen] == [[host]] * 2
 
 
-def test_connections_to_a_forward_proxy_send_at_once_and_are_kept_alive_by_tcp(transport, upstream):
-    call = begin(transport, "http://a", upstream(events([b"one"], then="hang")).url)
-    assert call._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-    assert call._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 60
-    call.close()
+def test_connections_to_a_forward_proxy_send_at_once_and_are_kept_alive_by_tcp(
+    transport, upstream, monkeypatch
+):
+    made = []
+    monkeypatch.setattr(
+        "aiproxy.transport.wait.WatchedSocket.setsockopt", lambda _, *option: made.append(option)
+    )
+    ask(transport, "http://a", upstream().url)
+    assert {
+        (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
+        (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
+    } <= set(made)
 
 
 def test_calls_through_a_forward_proxy_and_direct_ones_share_no_connection(transport, upstream):
@@ -208,10 +214,9 @@ def test_a_dead_tunnel_is_stale_and_a_new_one_is_made(transport, upstream, bundl
     egress = upstream(default=tunnel_to(a.port))
     ask(transport, a.url, egress.url, bundle)
     failed = failure(transport, a.url, egress.url, bundle)
-    assert (failed.fault, failed.stale) == (Fault.BROKEN, True)
-    call = transport.call(fresh=True)
-    transport.send(call, Outgoing("POST", a.url, [], b"{}", egress.url, bundle))
-    assert b"".join(call.pieces()) == MESSAGE
+    assert (failed.fault, failed.is_stale) == (Fault.BROKEN, True)
+    fresh = transport.send(Outgoing("POST", a.url, [], b"{}", egress.url, bundle), unwatched(), is_fresh=True)
+    assert b"".join(fresh.pieces()) == MESSAGE
     assert [seen.method for seen in egress.seen] == ["CONNECT"] * 2
 
 
@@ -219,21 +224,21 @@ def test_a_dead_kept_connection_to_a_forward_proxy_is_stale(transport, upstream)
     egress = upstream(whole(200, MESSAGE), close_now())
     ask(transport, "http://a", egress.url)
     failed = failure(transport, "http://a", egress.url)
-    assert (failed.fault, failed.stale) == (Fault.BROKEN, True)
+    assert (failed.fault, failed.is_stale) == (Fault.BROKEN, True)
 
 
 @pytest.mark.parametrize("tls", [False, True])
-def test_abort_ends_a_call_through_a_forward_proxy(transport, upstream, bundle, tls):
+def test_leaving_ends_a_request_through_a_forward_proxy(transport, upstream, bundle, tls):
     a = upstream(hang(), tls=loopback_tls() if tls else None)
     egress = upstream(default=tunnel_to(a.port)) if tls else a
-    call = transport.call()
     outgoing = Outgoing("POST", a.url, [], b"{}", egress.url, bundle)
-    threading.Thread(target=lambda: (a.wait_for(1), call.abort(Reason.TIMEOUT))).start()
-    began = time.monotonic()
-    with pytest.raises(CallFailed) as failed:
-        transport.send(call, outgoing)
-    assert time.monotonic() - began < 3
-    assert failed.value.fault is Fault.TIMEOUT
+    with Leaving() as client:
+        threading.Thread(target=lambda: (a.wait_for(1), client.leave())).start()
+        began = time.monotonic()
+        with pytest.raises(TransportError) as failed:
+            transport.send(outgoing, client.wait)
+    assert time.monotonic() - began < 1
+    assert failed.value.fault is Fault.CLIENT_LEFT
     a.wait_left()
 
 
@@ -327,26 +332,28 @@ def test_a_name_that_only_the_forward_proxy_knows_is_not_looked_up_here(transpor
     assert ask(transport, "http://api.internal.invalid", upstream().url) == MESSAGE
 
 
-def test_threads_that_meet_a_forward_proxy_first_all_get_calls_that_can_be_aborted(transport, upstream):
+def test_threads_that_meet_a_forward_proxy_first_all_get_watched_connections(transport, upstream):
     egress = upstream(default=hang())
-    calls = [transport.call() for _ in range(8)]
+    clients = [Leaving() for _ in range(8)]
     ended = []
 
-    def send(call):
+    def send(client):
         try:
-            transport.send(call, Outgoing("POST", "http://a", [], b"{}", egress.url))
-        except CallFailed as failed:
+            transport.send(Outgoing("POST", "http://a", [], b"{}", egress.url), client.wait)
+        except TransportError as failed:
             ended.append(failed.fault)
 
-    threads = [threading.Thread(target=send, args=(call,)) for call in calls]
+    threads = [threading.Thread(target=send, args=(client,)) for client in clients]
     for thread in threads:
         thread.start()
     egress.wait_for(8)
-    for call in calls:
-        call.abort(Reason.TIMEOUT)
+    for client in clients:
+        client.leave()
     for thread in threads:
         thread.join(5)
-    assert ended == [Fault.TIMEOUT] * 8
+    for client in clients:
+        client.close()
+    assert ended == [Fault.CLIENT_LEFT] * 8
 
 
 # ------------------------------------------------------------------------------------ certificates, likewise
@@ -388,36 +395,18 @@ def test_a_certificate_for_another_host_is_told_without_a_name(transport, upstre
     )
 
 
-def test_a_ca_bundle_that_goes_away_is_a_plain_failure_and_no_silent_yes(transport, upstream, tmp_path):
+def test_a_ca_bundle_is_read_once_until_a_new_configuration_is_in_force(transport, upstream, tmp_path):
     a = upstream(default=whole(200, MESSAGE, headers=[("connection", "close")]), tls=loopback_tls())
     path = tmp_path / "ca.pem"
     path.write_text(LOOPBACK_CERT)
     assert ask(transport, a.url, ca_bundle=str(path)) == MESSAGE
-    path.write_text("")
-    assert failure(transport, a.url, ca_bundle=str(path)).detail.startswith("TLS failed: ")
     path.unlink()
+    assert ask(transport, a.url, ca_bundle=str(path)) == MESSAGE
+    transport.keep_only([(a.url, None, str(path))])
     failed = failure(transport, a.url, ca_bundle=str(path))
-    assert (failed.fault, failed.detail) == (Fault.CONNECT, "the CA bundle is not there any more")
-    assert len(a.seen) == 1
-
-
-def test_abort_ends_a_lookup_that_hangs(transport, monkeypatch):
-    asked, answered = threading.Event(), threading.Event()
-
-    def lookup(*_, **__):
-        asked.set()
-        answered.wait(5)
-        raise socket.gaierror(socket.EAI_AGAIN, "later")
-
-    monkeypatch.setattr("aiproxy.transport.resolver.socket.getaddrinfo", lookup)
-    call = transport.call()
-    threading.Thread(target=lambda: (asked.wait(5), call.abort(Reason.CLIENT_LEFT))).start()
-    began = time.monotonic()
-    with pytest.raises(CallFailed) as failed:
-        transport.send(call, Outgoing("POST", "http://slow.invalid", [], b"{}"))
-    assert time.monotonic() - began < 1
-    assert failed.value.fault is Fault.CLIENT_LEFT
-    answered.set()
+    assert (failed.fault, failed.detail) == (Fault.CONNECT, "no such file or directory")
+    path.write_text(LOOPBACK_CERT)
+    assert ask(transport, a.url, ca_bundle=str(path)) == MESSAGE
 
 
 # ---------------------------------------------------------------------------- the log, and what clients see

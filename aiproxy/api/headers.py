@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
+#: Header fields: names in lower case, and values.
 Pairs = list[tuple[str, str]]
 
 #: RFC 9110 section 7.6.1, and what proxies are known to send in spite of it.
@@ -34,7 +35,6 @@ _LONGEST = 1e9  # seconds of a `retry-after`, some thirty years
 # What gunicorn accepts in a response; anything else would turn a good answer into a 500.
 _TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9a-z]+")
 _VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
-_FOLD = re.compile(r"\r?\n[ \t]+")  # RFC 9112 section 5.2: a folded line reads as a space
 
 
 def to_upstream(client: Iterable[tuple[str, str]], credential: tuple[str, str], extra: Pairs) -> Pairs:
@@ -43,25 +43,23 @@ def to_upstream(client: Iterable[tuple[str, str]], credential: tuple[str, str], 
     `credential` is the upstream's own, the only one that goes out; `extra` are those its
     configuration adds, which replace the client's of the same name.
     """
-    pairs = [(name.lower(), value) for name, value in client]
-    dropped = _named_by_connection(pairs) | HOP_BY_HOP | _REQUEST_ONLY_HERE | {name for name, _ in extra}
+    dropped = _named_by_connection(client) | HOP_BY_HOP | _REQUEST_ONLY_HERE | {name for name, _ in extra}
     kept = [
         (name, value)
-        for name, value in pairs
+        for name, value in client
         if name not in dropped and not name.startswith(_REQUEST_PREFIXES_ONLY_HERE)
     ]
     return [*kept, *extra, ("accept-encoding", "identity"), credential]
 
 
-def to_client(upstream: Iterable[tuple[str, str]], decoded: bool = False) -> Pairs:
+def to_client(upstream: Pairs, decoded: bool = False) -> Pairs:
     """The response headers a client gets; `decoded` says that the body lost its content encoding."""
-    pairs = [(name.lower(), _FOLD.sub(" ", value)) for name, value in upstream]
-    dropped = _named_by_connection(pairs) | HOP_BY_HOP | _RESPONSE_ONLY_HERE
+    dropped = _named_by_connection(upstream) | HOP_BY_HOP | _RESPONSE_ONLY_HERE
     if decoded:
         dropped |= {"content-encoding"}
     return [
         (name, value)
-        for name, value in map(_in_whole_seconds, pairs)
+        for name, value in map(_in_whole_seconds, upstream)
         if name not in dropped
         and value is not None
         and not name.startswith("x-aiproxy-")  # another aiproxy's: ours takes their place
@@ -71,8 +69,11 @@ def to_client(upstream: Iterable[tuple[str, str]], decoded: bool = False) -> Pai
 
 
 def value_of(pairs: Iterable[tuple[str, str]], name: str) -> str | None:
-    """The first value of a header whose name is given in lower case."""
-    return next((value for key, value in pairs if key.lower() == name), None)
+    """The first value of a header."""
+    for key, value in pairs:
+        if key == name:
+            return value
+    return None
 
 
 def media_type(pairs: Iterable[tuple[str, str]]) -> str:
@@ -91,7 +92,7 @@ def _in_whole_seconds(pair: tuple[str, str]) -> tuple[str, str | None]:
     return pair
 
 
-def _named_by_connection(pairs: Pairs) -> frozenset[str]:
+def _named_by_connection(pairs: Iterable[tuple[str, str]]) -> frozenset[str]:
     """The headers that `Connection` makes hop-by-hop."""
     named = ",".join(value for name, value in pairs if name == "connection").lower()
     return frozenset(name.strip() for name in named.split(","))

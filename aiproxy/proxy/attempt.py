@@ -21,9 +21,9 @@ from ..config import Timeouts
 from ..errors import error_body, type_of_status
 from ..observability import logs
 from ..policy import Decision, Fault, Problem, status_of_type
-from ..transport.connection import Outgoing
-from ..transport.transport import Call, CallFailed, Transport
-from ..transport.watch import Deadline, Reason, Watcher
+from ..transport.failures import TransportError
+from ..transport.session import Outgoing, Response, Transport
+from ..transport.wait import Interrupted
 from ..upstreams.balancer import Candidate
 from .request import Request
 from .stream import AFTER_STOP, Stream
@@ -84,7 +84,6 @@ class Tools(msgspec.Struct, frozen=True):
     """What every attempt works with."""
 
     transport: Transport
-    watcher: Watcher
     timeouts: Timeouts
     redactor: logs.Redactor
 
@@ -107,9 +106,9 @@ class Attempt:
         must_stream = candidate.upstream.settings.must_stream and asks_for_message
         self._collects = must_stream and not request.body.stream
         self._streams = must_stream or (request.body.stream and asks_for_message)
+        self._wait = request.wait
         self._began = time.monotonic()
-        self._call: Call | None = None
-        self._deadlines: list[Deadline] = []
+        self._response: Response | None = None
 
     @property
     def is_last_resort(self) -> bool:
@@ -122,14 +121,13 @@ class Attempt:
         try:
             outcome = self._run()
             streaming = isinstance(outcome, Answer) and isinstance(outcome.body, Stream)
-        except CallFailed as failed:
+        except (TransportError, Interrupted) as failed:
             outcome = Failure(failed.fault, failed.detail)
         except sse.EventTooLarge:
             outcome = Failure(Fault.BROKEN, "an event is over the size limit")
         finally:
-            self._forget_deadlines()
-            if self._call is not None and not streaming:
-                self._call.close()
+            if self._response is not None and not streaming:
+                self._response.close()
         return outcome
 
     def charge(self, decision: Decision) -> None:
@@ -153,153 +151,130 @@ class Attempt:
         self._candidate.ignore()
 
     def _run(self) -> Answer | Failure:
-        call = self._send()
+        response = self._response = self._send()
         self.first_byte = time.monotonic() - self._began
-        self.status = call.status
-        self.upstream_request_id = value_of(call.headers, "request-id")
-        self._log_headers("upstream_answer", call.headers)
-        if call.status >= 400:
-            return self._error_status(call)
-        if not 200 <= call.status < 300:
-            return Failure(Fault.NO_ANSWER, f"status {call.status}")
-        kind = media_type(call.headers)
+        self.status = response.status
+        self.upstream_request_id = value_of(response.headers, "request-id")
+        self._log_headers("upstream_answer", response.headers)
+        if response.status >= 400:
+            return self._error_status(response)
+        if not 200 <= response.status < 300:
+            return Failure(Fault.NO_ANSWER, f"status {response.status}")
+        kind = media_type(response.headers)
         if kind != (_EVENTS if self._streams else _JSON):
-            return self._wrong_type(call, kind)
+            return self._wrong_type(response, kind)
         if not self._streams:
-            return self._whole(call)
-        return self._collected(call) if self._collects else self._stream(call)
+            return self._whole(response)
+        return self._collected(response) if self._collects else self._stream(response)
 
-    def _send(self) -> Call:
-        """Send the request; once more on a fresh connection if a reused one turns out to be dead."""
+    def _send(self) -> Response:
+        """Send the request; once more on a fresh connection if a kept one turns out to be dead."""
         body = self._request.body.spliced(self.model, self._streams or self._request.body.stream)
         headers = to_upstream(self._request.headers, self.upstream.credential, self.upstream.extra_headers)
         settings = self.upstream.settings
         url = self.upstream.url(self._request.path, self._request.query)
         outgoing = Outgoing(self._request.method, url, headers, body, settings.proxy, settings.ca_bundle)
         self._log_headers("upstream_request", headers)
-        for fresh in (False, True):
-            call = self._call = self._tools.transport.call(fresh)
-            self._request.scope.enter(call)
-            self._set_deadlines(call)
-            try:
-                self._tools.transport.send(call, outgoing)
-            except CallFailed as failed:
-                if fresh or not failed.stale:
-                    raise
-                self.reconnected = True
-                self._forget_deadlines()
-            else:
-                return call
-        raise AssertionError("a fresh connection is never stale")
+        timeouts = self._tools.timeouts
+        self._wait.limit(timeouts.answer, timeouts.first_byte if self._streams else None)
+        try:
+            return self._tools.transport.send(outgoing, self._wait)
+        except TransportError as failed:
+            if not failed.is_stale:
+                raise
+        self.reconnected = True
+        return self._tools.transport.send(outgoing, self._wait, is_fresh=True)
 
     def _log_headers(self, of: str, headers: Pairs) -> None:
         self._tools.redactor.headers(
             headers, self._request.secrets, id=self._request.id, of=of, upstream=self.upstream.name
         )
 
-    def _set_deadlines(self, call: Call) -> None:
-        """Totals from the attempt's start: a stream's to its commit point, a whole answer's to its end.
-
-        A stream that is to be collected has both: for its head and for its end.
-        """
-        timeouts = self._tools.timeouts
-        limits = [timeouts.first_byte] if self._streams else []
-        if not self._streams or self._collects:
-            limits.append(timeouts.answer)
-        spent = time.monotonic() - self._began
-        self._deadlines = [
-            self._tools.watcher.deadline(call, max(0.0, limit - spent), Reason.TIMEOUT) for limit in limits
-        ]
-
-    def _forget_deadlines(self) -> None:
-        for deadline in self._deadlines:
-            deadline.cancel()
-
-    def _whole(self, call: Call) -> Answer | Failure:
-        body = _read(call, ANSWER_LIMIT)
+    def _whole(self, response: Response) -> Answer | Failure:
+        body = _read(response, ANSWER_LIMIT)
         try:
             message = members(body)
         except ValueError:
             return Failure(Fault.NO_ANSWER, "the body is no JSON object", body=body[:_SAMPLE])
         if _is_error(message):
-            return self._error(None, body, call.headers)
+            return self._error(None, body, response.headers)
         if self._asks_for_message and text(message.get("type", b"")) != "message":
             return Failure(Fault.NO_ANSWER, "the body is not a Message", body=body[:_SAMPLE])
         self.report.note_answer(message)
-        return Answer(call.status, to_client(call.headers, call.decoded), body)
+        return Answer(response.status, to_client(response.headers, response.is_decoded), body)
 
-    def _collected(self, call: Call) -> Answer | Failure:
+    def _collected(self, response: Response) -> Answer | Failure:
         """`must_stream`: read the whole event stream and answer with the Message it spells."""
-        self._deadlines[0].cancel()
-        call.idle(self._tools.timeouts.idle)
+        self._wait.expect(self._tools.timeouts.idle)
         betas = value_of(self._request.headers, "anthropic-beta") or ""
         collector = Collector(partial_strings=_PARTIAL_STRINGS in betas)
         framer = sse.Framer(pass_on=False)
         try:
-            pieces = call.pieces()
+            pieces = response.pieces()
             for piece in _limited(pieces, ANSWER_LIMIT):
-                for event in sse.parse(framer.feed(piece)):
+                block = framer.feed(piece)
+                if block or framer.ends_in_comment:
+                    self._wait.renew()
+                for event in sse.parse(block):
+                    self._wait.check()  # accumulating takes time, and the total counts it
                     collector.feed(event)
                     if event.name in (b"message_start", b"message_delta"):
                         self.report.note_event(event.name, event.data)
                 if collector.error is not None:
-                    return self._error_event(collector.error, call.headers)
+                    return self._error_event(collector.error, response.headers)
                 if collector.complete:
-                    _await_end(call, pieces)
+                    self._await_end(pieces)
                     break
             message = collector.message()
         except Malformed as malformed:
             return Failure(Fault.NO_ANSWER, f"no Message: {malformed}")
         if collector.repaired:
             logs.line(logging.WARNING, "repaired", id=self._request.id, what="a tool input that was cut off")
-        headers = [pair for pair in to_client(call.headers, call.decoded) if pair[0] != "content-type"]
-        return Answer(call.status, [*headers, ("content-type", _JSON)], message)
+        headers = [
+            pair for pair in to_client(response.headers, response.is_decoded) if pair[0] != "content-type"
+        ]
+        return Answer(response.status, [*headers, ("content-type", _JSON)], message)
 
-    def _stream(self, call: Call) -> Answer | Failure:
+    def _await_end(self, pieces: Iterator[bytes]) -> None:
+        """Give an upstream that said all a moment to end the body, so that its connection can be kept."""
+        self._wait.limit(AFTER_STOP)
+        with contextlib.suppress(TransportError):
+            next(pieces, None)
+
+    def _stream(self, response: Response) -> Answer | Failure:
         """Read up to the commit point: the first event that is neither `message_start` nor `ping`.
 
         A `ping` or a comment that comes later than `PATIENCE` after sending commits, too: a client must not
         wait longer for a sign of life. Each whole event or comment line renews the silence limit.
         """
         framer = sse.Framer()
-        pieces = call.pieces()
+        pieces = response.pieces()
         held: deque[bytes] = deque()
         for piece in _limited(pieces, ANSWER_LIMIT):
             block = framer.feed(piece)
             if not block and not framer.ends_in_comment:
                 continue
-            self._renew_silence(call)
+            self._wait.renew()
             if block:
                 held.append(block)
             content = next((each for each in sse.parse(block) if each.name not in _BEFORE_CONTENT), None)
             if content is not None and (content.name == b"error" or _is_error_data(content)):
-                return self._error_event(content.data, call.headers)
+                return self._error_event(content.data, response.headers)
             if content is not None and not content.name:
                 detail = "the events have no `event:` lines"
                 return Failure(Fault.NO_ANSWER, detail, body=content.data[:_SAMPLE])
             is_late = time.monotonic() - self._began > PATIENCE
             if content is not None or framer.partial or is_late:
-                return self._commit(call, self._streamed(call, pieces, held, framer))
+                stream = Stream(self._wait, response, pieces, held, framer, self.report)
+                return self._commit(response, stream)
         return Failure(Fault.NO_ANSWER, "the stream ended before its first content")
 
-    def _streamed(
-        self, call: Call, pieces: Iterator[bytes], held: deque[bytes], framer: sse.Framer
-    ) -> Stream:
-        return Stream(call, pieces, held, framer, self.report, self._tools.timeouts.idle)
-
-    def _renew_silence(self, call: Call) -> None:
-        self._forget_deadlines()
-        limit = self._tools.timeouts.first_byte
-        self._deadlines = [self._tools.watcher.deadline(call, limit, Reason.TIMEOUT)]
-
-    def _commit(self, call: Call, stream: Stream) -> Answer:
-        self._forget_deadlines()
-        call.check()  # the deadline may have passed this moment
-        call.idle(self._tools.timeouts.idle)
+    def _commit(self, response: Response, stream: Stream) -> Answer:
+        self._wait.limit(silence=self._tools.timeouts.idle)
         self._candidate.commit()
-        return Answer(call.status, to_client(call.headers, call.decoded), stream)
+        return Answer(response.status, to_client(response.headers, response.is_decoded), stream)
 
-    def _wrong_type(self, call: Call, kind: str) -> Failure:
+    def _wrong_type(self, response: Response, kind: str) -> Failure:
         """An answer that is neither the JSON nor the events that were asked for."""
         shown = kind if _MEDIA_TYPE.fullmatch(kind) else "missing or odd"
         detail = f"content type {shown} instead of {_EVENTS if self._streams else _JSON}"
@@ -313,40 +288,39 @@ class Attempt:
             )
             return Failure(Fault.NO_ANSWER, detail)
         if kind != _JSON:
-            return Failure(Fault.NO_ANSWER, detail, body=_sample(call))
-        body = _read(call, ERROR_LIMIT)
+            return Failure(Fault.NO_ANSWER, detail, body=_sample(response))
+        body = _read(response, ERROR_LIMIT)
         try:
             message = members(body)
         except ValueError:
             return Failure(Fault.NO_ANSWER, detail, body=body[:_SAMPLE])
         if _is_error(message):
-            return self._error(None, body, call.headers)
+            return self._error(None, body, response.headers)
         return Failure(Fault.NO_ANSWER, detail, body=body[:_SAMPLE])
 
-    def _error_status(self, call: Call) -> Failure:
+    def _error_status(self, response: Response) -> Failure:
         """An error by its HTTP status. A body that is late or incomplete is replaced by one of ours."""
-        self._forget_deadlines()
-        self._deadlines = [self._tools.watcher.deadline(call, ERROR_BODY_SECONDS, Reason.TIMEOUT)]
+        self._wait.limit(ERROR_BODY_SECONDS)
         try:
-            return self._error(call.status, _read(call, ERROR_LIMIT), call.headers)
-        except CallFailed as failed:
+            return self._error(response.status, _read(response, ERROR_LIMIT), response.headers)
+        except TransportError as failed:
             if failed.fault in (Fault.CLIENT_LEFT, Fault.RESTART):
                 raise
-        message = f"The upstream answered with status {call.status} and no complete error."
-        body = error_body(type_of_status(call.status), message, self._request.id)
-        kept = [pair for pair in call.headers if pair[0] not in ("content-type", "content-encoding")]
-        return self._error(call.status, body, [*kept, ("content-type", _JSON)])
+        message = f"The upstream answered with status {response.status} and no complete error."
+        body = error_body(type_of_status(response.status), message, self._request.id)
+        kept = [pair for pair in response.headers if pair[0] not in ("content-type", "content-encoding")]
+        return self._error(response.status, body, [*kept, ("content-type", _JSON)])
 
     def _error(self, status: int | None, body: bytes, headers: Pairs) -> Failure:
         """An error answer; without an HTTP `status` of 400 or more, its type says which one it counts as."""
         error = error_body_of(body)
         status = status_of_type(error.type) if status is None else status
-        decoded = self._call is not None and self._call.decoded
+        is_decoded = self._response is not None and self._response.is_decoded
         return Failure(
             Fault.ERROR,
             f"status {status}",
             status,
-            to_client(headers, decoded),
+            to_client(headers, is_decoded),
             body,
             seconds_of(value_of(headers, "retry-after")),
             error,
@@ -362,14 +336,14 @@ class Attempt:
         return self._error(None, data, [*kept, ("content-type", _JSON)])
 
 
-def _read(call: Call, limit: int) -> bytes:
-    """The body, which must end by its own framing. Raises `CallFailed`, also over `limit` bytes."""
-    return b"".join(_limited(call.pieces(), limit))
+def _read(response: Response, limit: int) -> bytes:
+    """The body, which must end by its own framing. Raises `TransportError`, also over `limit` bytes."""
+    return b"".join(_limited(response.pieces(), limit))
 
 
-def _sample(call: Call) -> bytes:
+def _sample(response: Response) -> bytes:
     """The beginning of a body that is of no use but to the log."""
-    return next(call.pieces(), b"")[:_SAMPLE]
+    return next(response.pieces(), b"")[:_SAMPLE]
 
 
 def _limited(pieces: Iterator[bytes], limit: int) -> Iterator[bytes]:
@@ -377,15 +351,8 @@ def _limited(pieces: Iterator[bytes], limit: int) -> Iterator[bytes]:
     for piece in pieces:
         total += len(piece)
         if total > limit:
-            raise CallFailed(Fault.BROKEN, "the answer is over the size limit")
+            raise TransportError(Fault.BROKEN, "the answer is over the size limit")
         yield piece
-
-
-def _await_end(call: Call, pieces: Iterator[bytes]) -> None:
-    """Give an upstream that said all a moment to end the body, so that its connection can be kept."""
-    call.idle(AFTER_STOP)
-    with contextlib.suppress(CallFailed):
-        next(pieces, None)
 
 
 def _is_error(message: dict[str, bytes]) -> bool:

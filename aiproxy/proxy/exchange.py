@@ -24,7 +24,6 @@ from ..policy import (
     names_model,
     status_of_type,
 )
-from ..transport.watch import Reason
 from ..upstreams.balancer import Candidate
 from ..upstreams.threads import Owners, uses_thread
 from ..upstreams.upstream import Upstream
@@ -126,9 +125,9 @@ class Exchange:
 
     def best_failure(self) -> Reply:
         """No upstream answered: the upstreams' error that helps the client most, else one of ours."""
-        if self.request.scope.reason is Reason.CLIENT_LEFT:
+        if self.request.wait.ended is Fault.CLIENT_LEFT:
             return self._whole(CLIENT_LEFT, [], b"", Outcome.CLIENT_LEFT)
-        if self.request.scope.reason is Reason.RESTART:
+        if self.request.wait.ended is Fault.RESTART:
             return self._own(ApiError(529, "overloaded_error", "aiproxy is restarting."), Outcome.RESTART)
         best = self._best()
         if best is None or best.failure.status is None:

@@ -6,7 +6,7 @@ import msgspec
 
 from ..api.body import Body
 from ..api.headers import value_of
-from ..transport.watch import Scope
+from ..transport.wait import Wait
 from ..upstreams.threads import continued_message
 
 # Only one account has it: another one can only refuse the request.
@@ -25,7 +25,7 @@ class Request(msgspec.Struct, frozen=True):
     client: str | None  # the name of its key
     secrets: tuple[str, ...]  # the client's credentials, so that no log shows them
     began: float  # monotonic seconds
-    scope: Scope  # ends the request's calls when the client leaves
+    wait: Wait  # ends what the request waits for when the client leaves
 
     @property
     def is_bound(self) -> bool:

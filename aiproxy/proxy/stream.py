@@ -6,15 +6,17 @@ takes a clean early end for success.
 """
 
 import re
-import time
 from collections import deque
 from collections.abc import Iterator
+from itertools import chain
 
 from ..api.report import Report
 from ..api.sse import EventTooLarge, Framer, encode, parse
 from ..errors import error_body
 from ..policy import Fault
-from ..transport.transport import Call, CallFailed
+from ..transport.failures import TransportError
+from ..transport.session import Response
+from ..transport.wait import Wait
 from .outcome import Outcome
 
 #: Seconds for which nothing is awaited any more once `message_stop` has come.
@@ -45,22 +47,19 @@ class Stream:
 
     def __init__(
         self,
-        call: Call,
+        wait: Wait,
+        response: Response,
         pieces: Iterator[bytes],
         held: deque[bytes],
         framer: Framer,
         report: Report,
-        idle: float,
     ) -> None:
-        """`held` was read before the commit point and goes first; `pieces` goes on from there.
-
-        `idle`: seconds of silence after which the stream is broken off, counted from the last whole event.
-        """
-        self._idle = idle
+        """`held` was read before the commit point and goes first; `pieces` goes on from there."""
         self.error: bytes | None = None  # the data of an error event that went by
         self.has_stopped = False  # message_stop went by: the answer is complete, whatever follows
         self.detail: str | None = None  # of a break
-        self._call = call
+        self._wait = wait
+        self._response = response
         self._pieces = pieces
         self._held = held
         self._framer = framer
@@ -78,7 +77,7 @@ class Stream:
 
     def close(self) -> None:
         """Give the upstream's connection back, or close it where the answer was not read to its end."""
-        self._call.close()
+        self._response.close()
 
     def blocks(self, request_id: str) -> Iterator[bytes]:
         """The bytes for the client; `request_id` is for an error event of ours.
@@ -87,7 +86,7 @@ class Stream:
         """
         try:
             yield from self._relayed()
-        except CallFailed as failed:
+        except TransportError as failed:
             self._note_break(_BREAKS.get(failed.fault, Outcome.BROKEN), failed.detail)
         except EventTooLarge:
             self._note_break(Outcome.BROKEN, "an event is over the size limit")
@@ -100,30 +99,22 @@ class Stream:
 
     def _relayed(self) -> Iterator[bytes]:
         """The upstream's blocks, up to an error event or the end."""
-        ends: float | None = None
-        latest = time.monotonic()  # when the latest block had been sent
-        while self.error is None and (ends is None or time.monotonic() < ends):
-            piece = self._held.popleft() if self._held else self._framed()
-            if piece is None:
-                if not self.has_stopped:
-                    self._note_break(Outcome.BROKEN, "ended before message_stop")
-                return
-            if not piece:  # a trickle that completes no event does not prolong the silence
-                if time.monotonic() - latest > self._idle and not self._framer.ends_in_comment:
-                    self._note_break(Outcome.SILENT, "silent for too long")
-                    return
+        for block in chain(self._held, map(self._framer.feed, self._pieces)):
+            if not block:  # a trickle that completes no event does not prolong the silence
+                if self._framer.ends_in_comment and not self.has_stopped:
+                    self._wait.renew()
                 continue
-            self._note(piece)
-            if self.has_stopped and ends is None:
-                ends = time.monotonic() + AFTER_STOP
-                self._call.idle(AFTER_STOP)
-            yield piece
-            latest = time.monotonic()  # not before: the client may have taken its time
-
-    def _framed(self) -> bytes | None:
-        """What the next piece completes; None at the end."""
-        piece = next(self._pieces, None)
-        return None if piece is None else self._framer.feed(piece)
+            had_stopped = self.has_stopped
+            self._note(block)
+            yield block
+            if self.error is not None:
+                return
+            if not self.has_stopped:
+                self._wait.renew()  # not before: the client may have taken its time
+            elif not had_stopped:
+                self._wait.limit(AFTER_STOP)
+        if not self.has_stopped:
+            self._note_break(Outcome.BROKEN, "ended before message_stop")
 
     def _note(self, block: bytes) -> None:
         # Most blocks are deltas: the plain search is ten times as fast as the expression.

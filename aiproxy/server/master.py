@@ -12,9 +12,10 @@ import logging
 import os
 import shlex
 import shutil
+import ssl
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from gunicorn.glogging import Logger
 
 from ..config import Config, ConfigError, check_addresses, path_from
 from ..observability import logs
+from .client import TlsClientSocket
 from .reload import LastGood, start
 
 #: prometheus-client's.
@@ -81,6 +83,12 @@ class Master:
             )
         address = str(server.LISTENERS[0])
         self._say(f"aiproxy serves {address} - try: {_example(self.config, address)}")
+
+    def ssl_context(self, config: Any, default: Callable[[], ssl.SSLContext]) -> ssl.SSLContext:
+        """gunicorn's context, for connections on which requests can wait; only where it speaks TLS itself."""
+        context = default()
+        context.sslsocket_class = TlsClientSocket
+        return context
 
     def child_exit(self, server: Any, worker: Any) -> None:
         """What a worker counted stays, its streams in flight do not."""

@@ -25,13 +25,14 @@ from ..proxy.attempt import Tools
 from ..proxy.failover import Failover
 from ..proxy.journal import Journal
 from ..transport.connection import credentials
-from ..transport.transport import Transport
-from ..transport.watch import Watcher
+from ..transport.session import Transport
+from ..transport.wait import Shutdown, Wait
 from ..upstreams.balancer import Balancer
 from ..upstreams.breaker import Breaker, Change
 from ..upstreams.state import State
 from ..upstreams.threads import Owners
 from ..upstreams.upstream import Upstream
+from .client import Serving
 from .gate import SPARE, Gate
 from .keys import Keys
 from .models import Models
@@ -43,7 +44,7 @@ DEFAULT_THREADS = 256
 
 
 class Runtime(msgspec.Struct, frozen=True):
-    """What a request meets: of one configuration, but for the gates and the watcher."""
+    """What a request meets: of one configuration, but for the gates and the shutdown."""
 
     config: Config
     balancer: Balancer
@@ -54,7 +55,7 @@ class Runtime(msgspec.Struct, frozen=True):
     journal: Journal
     gate: Gate
     drains: Gate  # how many refused bodies are read away at a time, beside the requests in flight
-    watcher: Watcher
+    shutdown: Shutdown
 
 
 class Service:
@@ -71,8 +72,8 @@ class Service:
         #: Why the file as it is now is not in force; empty where it is.
         self.faults: tuple[str, ...] = ()
         self._clock = clock
-        self._watcher = Watcher(config.timeouts.idle)
-        self._transport = Transport(self._watcher, config.timeouts.connect)
+        self._shutdown = Shutdown()
+        self._transport = Transport(config.timeouts.connect)
         self._state = state
         self._owners = Owners(clock, state)
         self._gate = Gate(config.max_in_flight)
@@ -99,6 +100,10 @@ class Service:
         if self._follower is not None:
             self._follower.start()
 
+    def serving(self, client: socket.socket) -> Serving:
+        """How a request on this client's connection waits."""
+        return Serving(Wait(client, self._shutdown), self.runtime.config.timeouts.idle)
+
     def apply(self, config: Config, content: bytes) -> None:
         """Serve by another configuration from now on. Raises `ConfigError` where its addresses forbid it.
 
@@ -106,7 +111,6 @@ class Service:
         """
         check_addresses(config, self._addresses)
         old = self.runtime
-        self._watcher.patience = config.timeouts.idle
         self._transport.connect_timeout = config.timeouts.connect
         self._gate.configure(config.max_in_flight)
         staying = {upstream.name: upstream for upstream in old.balancer.upstreams}
@@ -200,11 +204,11 @@ class Service:
         return True
 
     def shut_down(self, graceful_timeout: float) -> None:
-        """The server stops; see `Watcher.shut_down`."""
+        """The server stops; the requests that are left end shortly before `graceful_timeout` is over."""
         self.is_stopping = True
         if self._follower is not None:
             self._follower.stop()
-        self._watcher.shut_down(graceful_timeout)
+        self._shutdown.begin(graceful_timeout)
 
     def after_run(self) -> None:
         """Nothing is served any more: other processes are to know."""
@@ -215,8 +219,8 @@ class Service:
         if self._follower is not None:
             self._follower.stop()
         self._state.stop()
-        self._watcher.close()
         self._transport.close()
+        self._shutdown.close()
 
     def _snapshot(self) -> Snapshot:
         return Snapshot(
@@ -247,7 +251,7 @@ class Service:
         self.history.keep(settings.name for settings in enabled)
         models = Models(enabled)
         self.metrics.know_models(models.names)
-        tools = Tools(self._transport, self._watcher, config.timeouts, journal.redactor)
+        tools = Tools(self._transport, config.timeouts, journal.redactor)
         return Runtime(
             config=config,
             balancer=balancer,
@@ -258,7 +262,7 @@ class Service:
             journal=journal,
             gate=self._gate,
             drains=self._drains,
-            watcher=self._watcher,
+            shutdown=self._shutdown,
         )
 
     def _upstream(self, config: Config, old: Upstream | None, settings: UpstreamSettings) -> Upstream:

@@ -10,13 +10,12 @@ import time
 from typing import Any
 
 from ..errors import ApiError, too_large
-from ..transport.watch import Reason, Watcher
+from ..transport.wait import ShuttingDown, Silent
+from .client import UPLOAD_SILENCE, ClientSocket, TlsClientSocket
 
 #: What is read and thrown away of a body that is refused, in bytes and seconds.
 DROP_BYTES = 256 * 1024 * 1024
 DROP_SECONDS = 30.0
-#: Seconds for which an upload may be silent.
-SILENCE = 60.0
 
 _PIECE = 1024 * 1024
 _DROPPED = 64 * 1024  # gunicorn copies each piece several times
@@ -25,16 +24,14 @@ _DROPPED = 64 * 1024  # gunicorn copies each piece several times
 class Upload:
     """One request's body, read once by the thread that serves the request."""
 
-    def __init__(self, environ: dict[str, Any], watcher: Watcher) -> None:
+    def __init__(self, environ: dict[str, Any]) -> None:
         """`environ`: the WSGI environment."""
-        self._watcher = watcher
         self._input = environ["wsgi.input"]
-        self._client: socket.socket | None = environ.get("gunicorn.socket")
+        self._client: ClientSocket | TlsClientSocket | None = environ.get("gunicorn.socket")
         declared = environ.get("CONTENT_LENGTH") or ""
         self._declared = int(declared) if declared.isdigit() else None
         self._is_empty = not self._declared and "HTTP_TRANSFER_ENCODING" not in environ
         self._spoilt = False
-        self._is_restarting = False
         connection = environ.get("HTTP_CONNECTION", "").lower()
         is_old = environ.get("SERVER_PROTOCOL") == "HTTP/1.0"
         self._is_last = "close" in connection or (is_old and "keep-alive" not in connection)
@@ -62,12 +59,12 @@ class Upload:
         """Read what is left and throw it away, within bounds."""
         if self._spoilt or self._is_empty:
             return
-        deadline = self._watcher.deadline(self, DROP_SECONDS, Reason.TIMEOUT)
         ends = time.monotonic() + DROP_SECONDS
+        if self._client is not None and self._client.serving is not None:
+            self._client.serving.upload_by = ends
         left = DROP_BYTES
         while left > 0 and time.monotonic() < ends and (piece := self._any()):
             left -= len(piece)
-        deadline.cancel()
         self._spoilt |= left <= 0 or time.monotonic() >= ends
 
     def give_up(self) -> None:
@@ -85,46 +82,31 @@ class Upload:
                 ways = socket.SHUT_RDWR if self._spoilt else socket.SHUT_RD
                 socket.socket.shutdown(self._client, ways)
 
-    def abort(self, reason: Reason) -> None:
-        """End the upload: from here on it reads as ended, and the answer can still be sent."""
-        self._is_restarting |= reason is Reason.RESTART
-        if self._client is not None:
-            with contextlib.suppress(OSError):
-                socket.socket.shutdown(self._client, socket.SHUT_RD)
-
     def _any(self) -> bytes:
         """The next bytes to throw away, none at the end or when the client is gone or too slow."""
         try:
-            return self._read(_DROPPED, DROP_SECONDS)
+            return self._read(_DROPPED)
         except Exception:  # gunicorn has many, as in `_piece`; the answer may still reach the client
             self._spoilt = True
             return b""
 
     def _piece(self, size: int) -> bytes:
         try:
-            return self._read(size, SILENCE)
-        except TimeoutError:
+            return self._read(size)
+        except Silent:
             self._spoilt = True
-            raise ApiError(
-                408, "timeout_error", f"The request body was silent for {SILENCE:.0f} seconds."
-            ) from None
+            message = f"The request body was silent for {UPLOAD_SILENCE:.0f} seconds."
+            raise ApiError(408, "timeout_error", message) from None
+        except ShuttingDown:
+            self._spoilt = True
+            raise ApiError(529, "overloaded_error", "aiproxy is restarting.") from None
         except Exception:  # gunicorn's many errors for bodies that break off or are badly chunked
             raise self._broken_off("The request body could not be read.") from None
 
     def _broken_off(self, message: str) -> ApiError:
         self._spoilt = True
-        if self._is_restarting:
-            return ApiError(529, "overloaded_error", "aiproxy is restarting.")
         return ApiError(400, "invalid_request_error", message)
 
-    def _read(self, size: int, seconds: float) -> bytes:
-        """`size` bytes, or what comes before the end; each wait for bytes lasts at most `seconds`."""
-        if size == 0:
-            return b""
-        if self._client is None:
-            return bytes(self._input.read(size))
-        self._client.settimeout(seconds)
-        try:
-            return bytes(self._input.read(size))
-        finally:
-            self._client.settimeout(None)
+    def _read(self, size: int) -> bytes:
+        """`size` bytes, or what comes before the end."""
+        return bytes(self._input.read(size)) if size > 0 else b""

@@ -21,7 +21,7 @@ from ..errors import ApiError, new_request_id, status_line
 from ..observability import logs
 from ..proxy.exchange import Exchange, Reply
 from ..proxy.request import Request
-from ..transport.watch import Client, Scope
+from ..transport.wait import Wait
 from .gate import Slot
 from .keys import secrets_in
 from .responses import Body, Response, response
@@ -46,34 +46,6 @@ class Incoming(msgspec.Struct, frozen=True):
     upload: Upload
 
 
-class Place:
-    """One request's place in flight, and the watch on its client."""
-
-    def __init__(self, slot: Slot, incoming: Incoming) -> None:
-        self.scope = Scope()
-        self._slot = slot
-        self._incoming = incoming
-        self._client: Client | None = None
-
-    def watch(self) -> None:
-        """From now on the client's leaving, or a restart, ends the request: its upload, then its calls."""
-        self.scope.enter(self._incoming.upload)
-        client = self._incoming.environ.get("gunicorn.socket")
-        if client is not None:
-            self._client = self._incoming.runtime.watcher.client(client, self.scope)
-
-    def follow(self, body: Body) -> None:
-        """Watch that the client takes what it is given of the body."""
-        if self._client is not None:
-            self._client.follow(lambda: body.bytes)
-
-    def end(self) -> None:
-        """The response is closed, or there will be none."""
-        if self._client is not None:
-            self._client.cancel()
-        self._slot.leave()
-
-
 def create_blueprint(service: Service) -> flask.Blueprint:
     """The routes of the proxy."""
     blueprint = flask.Blueprint("proxy", __name__)
@@ -92,7 +64,7 @@ def create_blueprint(service: Service) -> flask.Blueprint:
             environ=environ,
             method=request.method,
             path=request.path,
-            upload=Upload(environ, runtime.watcher),
+            upload=Upload(environ),
         )
 
     @route(MESSAGES, "POST")
@@ -174,41 +146,38 @@ def _forwarded(incoming: Incoming, forward: Forward, path: str | None = None) ->
     if slot is None:
         busy = ApiError(529, "overloaded_error", "aiproxy has as many requests in flight as it may have.")
         return turn_away(busy, [("retry-after", "1")])
-    place = Place(slot, incoming)
     exchange: Exchange | None = None
     try:
         client = _check_key(incoming)
-        place.watch()
-        request = _request(incoming, client, place.scope, began)
+        request = _request(incoming, client, began)
         if path is not None:
             request = msgspec.structs.replace(request, path=path)
         exchange = Exchange(request, runtime.journal, runtime.owners)
-        return _answer(forward(exchange), exchange, place, incoming)
+        return _answer(forward(exchange), exchange, slot, incoming)
     except ApiError as error:
         try:
             return _refusal(error)  # in its place in flight: what reads a body away takes a thread
         finally:
-            place.end()
+            slot.leave()
     except BaseException:
         if exchange is not None:
             exchange.finish(0, is_complete=False)
-        place.end()
+        slot.leave()
         raise
 
 
-def _answer(reply: Reply, exchange: Exchange, place: Place, incoming: Incoming) -> flask.Response:
+def _answer(reply: Reply, exchange: Exchange, slot: Slot, incoming: Incoming) -> flask.Response:
     """The response, whose close ends the exchange and gives the place in flight back."""
 
     def on_close(sent: int, is_complete: bool) -> None:
         try:
             exchange.finish(sent, is_complete)
         finally:
-            place.end()
+            slot.leave()
             incoming.upload.end()
 
     client: socket.socket | None = incoming.environ.get("gunicorn.socket")
     body = Body(reply.body, client, incoming.method == "HEAD", on_close)
-    place.follow(body)
     return response(reply.status, reply.headers, body, reply.length)
 
 
@@ -223,7 +192,7 @@ def _check_key(incoming: Incoming) -> str | None:
     return owner
 
 
-def _request(incoming: Incoming, client: str | None, scope: Scope, began: float) -> Request:
+def _request(incoming: Incoming, client: str | None, began: float) -> Request:
     """Read the request and log it."""
     runtime, environ = incoming.runtime, incoming.environ
     headers = tuple(_client_headers(environ))
@@ -245,10 +214,16 @@ def _request(incoming: Incoming, client: str | None, scope: Scope, began: float)
         client=client,
         secrets=secrets_in(headers),
         began=began,
-        scope=scope,
+        wait=_wait(incoming),
     )
     _log_request(request, runtime.journal.redactor, runtime.config.logging.prompt_preview)
     return request
+
+
+def _wait(incoming: Incoming) -> Wait:
+    """The wait of the client's connection; one of its own where another server than ours has it."""
+    serving = getattr(incoming.environ.get("gunicorn.socket"), "serving", None)
+    return serving.wait if serving is not None else Wait(None, incoming.runtime.shutdown)
 
 
 def _client_headers(environ: dict[str, Any]) -> Pairs:

@@ -20,6 +20,7 @@ from gunicorn.workers.gthread import ThreadWorker
 
 from ..errors import ApiError, new_request_id, status_line
 from ..observability import logs
+from .client import ClientSocket
 
 #: Seconds after which a thread that computes must let another one.
 _SWITCH_INTERVAL = 0.05
@@ -51,6 +52,24 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         """Until the end, of which others are to know."""
         super().run()
         self._service.after_run()
+
+    def enqueue_req(self, conn: Any) -> None:
+        """As gthread's, with a socket of ours in a new connection."""
+        if not isinstance(conn.sock, ClientSocket) and not conn.initialized:
+            conn.sock = ClientSocket(fileno=conn.sock.detach())
+        super().enqueue_req(conn)
+
+    def handle_request(self, req: Any, conn: Any) -> Any:
+        """As gthread's; meanwhile the client's socket waits as `client` says."""
+        sock = conn.sock
+        sock.serving = self._service.serving(sock)
+        sock.setblocking(False)
+        try:
+            return super().handle_request(req, conn)
+        finally:
+            sock.serving = None
+            with contextlib.suppress(OSError):  # gunicorn may have closed it
+                sock.setblocking(True)
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """SIGTERM. It may interrupt anything, so the stop itself waits for the event loop's next turn."""

@@ -1,5 +1,5 @@
-"""One request to one upstream: name, connection, exchange, and whoever ends it from outside.
+"""Requests to upstreams: the shared session, its connections, and waiting for them.
 
-All that is known of requests, urllib3 and upstream sockets ends here: others see `Call`, `CallFailed`,
-and the `Watcher` that ends both calls and waiting clients.
+All that is known of requests, urllib3 and upstream sockets ends here. Others see `session.Transport`, its
+`Response`, `failures.TransportError` and the `Wait` of their own thread.
 """

@@ -1,39 +1,38 @@
-"""Connections to upstreams: urllib3's pools and sockets, our own way of dialing, asking and listening.
+"""Connections to upstreams: requests' adapter, with urllib3's pools and connections on watched sockets.
 
-urllib3 keeps connections, opens tunnels, speaks TLS and decodes. What goes out and how answers are read
-is ours: with urllib3 and http.client a request takes twice as long. A connection belongs to one
-`Caller` at a time, whose thread does all that blocks here; any other may abort it.
+urllib3 keeps connections, opens tunnels, speaks TLS and decodes. What is different here: sockets wait as
+`wait` says, connecting is bounded as a whole, and heads are read more strictly than http.client does.
 """
 
 import base64
-import contextlib
-import functools
+import errno
 import http.client
-import queue
+import os
 import re
+import select
 import socket
 import ssl
 import threading
-from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+import time
+from collections.abc import Iterable
+from typing import Any
 from urllib.parse import quote, unquote_to_bytes, urlsplit
 
-import msgspec
 import requests
 import urllib3
 from requests.adapters import HTTPAdapter
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+from urllib3.util.ssl_ import create_urllib3_context
 
-from ..api.headers import Pairs
 from .resolver import Address, Resolver
-from .watch import Reason, Watcher
+from .wait import ConnectTimeout, WatchedSocket, WatchedTlsSocket, current
 
-POOL = 1024  # kept connections a host; more than any worker has threads
+POOL = 1024  # kept connections per host, and hosts; more than any worker has threads
 _LONGEST_LINE = 65536  # bytes, http.client's own bound
 _LARGEST_HEAD = 32768  # bytes of an answer's header lines
 _MOST_INTERIM = 10  # interim answers before the final one
-_JOINED = 65536  # bytes of a body that are copied to go out together with the head
+_JOINED = 65536  # bytes of a body that goes out together with its head
 
 # As the official SDKs do: NATs drop connections that are silent for long, and a whole answer may be
 # silent for ten minutes.
@@ -46,301 +45,225 @@ _SOCKET_OPTIONS = [
 ]
 
 _PRINTABLE = "".join(map(chr, range(0x21, 0x7F)))
-_REQUEST_LINE = re.compile(r"[A-Z]+ [!-~]+ HTTP/1\.1")
-_NAME = re.compile(r"[!-9;-~]+")
+_NOT_PRINTABLE = re.compile("[^!-~]")
+_STATUS_LINE = re.compile(r"HTTP/1\.([01]) ([1-9][0-9]{2})(?: (.*))?")
 _DIGITS = re.compile(r"[0-9]{1,19}")
-_CHUNK_SIZE = re.compile(rb"[0-9a-fA-F]{1,16}")
-_BREAKING = re.compile(r"[\0\r\n]")
+_CHUNK_SIZE = re.compile(rb"([0-9a-fA-F]{1,16})[ \t]*(?:;.*)?\r?\n", re.DOTALL)
 
-
-class Outgoing(msgspec.Struct, frozen=True):
-    """A request as it goes out, and its way: through a forward proxy, with CAs of the upstream's own."""
-
-    method: str
-    url: str
-    headers: Pairs
-    body: bytes
-    proxy: str | None = None
-    ca_bundle: str | None = None
-
-    @property
-    def is_forwarded(self) -> bool:
-        """Whether the forward proxy reads and answers the request itself: there is no tunnel through it."""
-        return self.proxy is not None and self.url.startswith("http:")
-
+_resolver = Resolver()
 
 #: How an upstream is reached: its URL, its forward proxy, its CA bundle.
 Way = tuple[str, str | None, str | None]
 
 
-class Caller(Protocol):
-    """Whose request a connection carries: what it must know, and what it is told on the way."""
+class Answer(http.client.HTTPResponse):
+    """http.client's response, with a `begin` of its own.
 
-    watcher: Watcher
-    resolver: Resolver
-    connect_timeout: float
-    fresh: bool  # a kept connection will not do
-    reused: bool
-    connected: bool
-    heard: bool  # a byte of the answer arrived
-    at_proxy: bool  # on the way to a forward proxy, or waiting for its tunnel
-
-    def abort(self, reason: Reason) -> None:
-        """End it from any thread."""
-
-    def attach(self, sock: socket.socket) -> None:
-        """Let `abort` reach this socket; raises if it was called before."""
-
-    def detach(self) -> None:
-        """Take the socket out of `abort`'s reach."""
-
-    def check(self) -> None:
-        """Raise if it was aborted."""
-
-
-class _Answer(http.client.HTTPResponse):
-    """Reads the head of an answer by itself, and a body that is not encoded.
-
-    http.client takes a head for whole that ends in the middle, and has it parsed by the email package,
-    which takes longer than all the rest of a response. Its bodies, and urllib3's, wait for whole chunks.
+    http.client skips no interim answer but 100, takes a head for whole that ends in the middle, and has it
+    parsed by the email package, which takes longer than all the rest of a response.
     """
 
     headers: Any
+    fp: Any
+    #: Bytes came behind the end of the body: the next answer on this connection could not be trusted.
+    has_bytes_behind = False
+
+    def __init__(self, sock: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(sock, *args, **kwargs)
+        self._socket = sock
+        sock.sending.answer = self
 
     def begin(self) -> None:
-        version, status, reason = self._read_status()  # type: ignore[attr-defined]
-        interim = 0
-        # RFC 9110 section 15.2: a client skips interim answers; 101 is final.
-        while 100 <= status < 200 and status != http.client.SWITCHING_PROTOCOLS:
-            interim += 1
-            if interim > _MOST_INTERIM:
-                raise http.client.HTTPException("too many interim answers")
-            self._fields()
-            version, status, reason = self._read_status()  # type: ignore[attr-defined]
-        if not version.startswith("HTTP/1."):
-            raise http.client.UnknownProtocol(version)
-        self.code = self.status = status
-        self.reason = reason.strip()
-        self.version = 10 if version == "HTTP/1.0" else 11
-        self.headers = self._fields()
-        self._frame()
+        """Read the head of the final answer. Raises `http.client.HTTPException` if it is not one."""
+        if self.fp.peek(1):
+            self._socket.sending.is_answered = True
+        for _ in range(_MOST_INTERIM + 1):
+            self.version, self.status, self.reason = self._status_line()
+            fields = self._fields()
+            # RFC 9110 section 15.2: a client skips interim answers; 101 is final.
+            if self.status >= 200 or self.status == http.client.SWITCHING_PROTOCOLS:
+                break
+        else:
+            raise http.client.HTTPException("too many interim answers")
+        self.code = self.status
+        self.headers = self.msg = http.client.HTTPMessage()
+        framing: dict[str, list[str]] = {"transfer-encoding": [], "content-length": [], "connection": []}
+        for name, value in fields:
+            self.headers[name] = value
+            if (values := framing.get(name.lower())) is not None:
+                values.append(value)
+        self._frame(*framing.values())
 
-    def _fields(self) -> urllib3.HTTPHeaderDict:
-        """The header lines, each value as it was sent; a line that is none is left out."""
-        fields = urllib3.HTTPHeaderDict()
+    def _status_line(self) -> tuple[int, int, str]:
+        line = self._line()
+        if not line:
+            raise http.client.RemoteDisconnected("closed without an answer")
+        found = _STATUS_LINE.fullmatch(line.rstrip())
+        if found is None:
+            raise http.client.BadStatusLine("")
+        return 10 + int(found[1]), int(found[2]), (found[3] or "").strip()
+
+    def _fields(self) -> list[tuple[str, str]]:
+        """The header lines, each value as it was sent; a line without a colon is left out."""
+        fields: list[tuple[str, str]] = []
         name, value, size = "", "", 0
-        while (line := self.fp.readline(_LONGEST_LINE + 1)) not in (b"\r\n", b"\n"):
-            size += len(line)
-            if not line:
-                raise http.client.IncompleteRead(b"")
+        while (text := self._line()).strip("\r\n"):
+            size += len(text)
             if size > _LARGEST_HEAD:
                 raise http.client.HTTPException("the head is too large")
-            text = line.decode("latin-1").rstrip("\r\n")
-            if text[:1] in (" ", "\t"):  # RFC 9112 section 5.2: a folded line goes on, after a space
+            text = text.rstrip("\r\n")
+            if text[0] in " \t":  # RFC 9112 section 5.2: a folded line goes on, after a space
                 value = " ".join((value, text.strip(" \t"))).strip(" \t")
                 continue
-            if name:
-                fields.add(name, value)
+            fields.append((name, value))
             name, colon, value = text.partition(":")
             # RFC 9112 section 5.1: a proxy strips the white space that may not stand before the colon.
             name, value = name.rstrip(" \t") if colon else "", value.strip(" \t")
-        if name:
-            fields.add(name, value)
-        return fields
+        if not text:
+            raise http.client.IncompleteRead(b"")
+        fields.append((name, value))
+        return [pair for pair in fields if pair[0]]
 
-    def pieces(self, size: int) -> Iterator[bytes]:
-        """The body as it arrives, in pieces of at most `size` bytes, also of chunks that are not yet whole.
+    def _line(self) -> str:
+        """The next line with its end, empty at the end of the connection."""
+        line = self.fp.readline(_LONGEST_LINE + 1)
+        if len(line) > _LONGEST_LINE:
+            raise http.client.LineTooLong("head")
+        if line and not line.endswith(b"\n"):
+            raise http.client.IncompleteRead(b"")
+        return str(line, "latin-1")
 
-        Raises `http.client.IncompleteRead` where it ends early, `ValueError` where it is not chunked as it
-        says it is.
-        """
-        if self.chunked:
-            yield from self._chunks(size)
-        else:
-            yield from self._counted(self.length, size)
-        self.close()
-
-    def _chunks(self, size: int) -> Iterator[bytes]:
-        """RFC 9112 section 7.1."""
-        fp: Any = self.fp
-        while left := _chunk_size(fp.readline(_LONGEST_LINE)):
-            yield from self._counted(left, size)
-            if fp.readline(3) not in (b"\r\n", b"\n"):
-                raise http.client.IncompleteRead(b"")
-        while fp.readline(_LONGEST_LINE) not in (b"\r\n", b"\n", b""):
-            """Trailers are nobody's concern."""
-
-    def _counted(self, left: int | None, size: int) -> Iterator[bytes]:
-        """So many bytes; None: all until the connection is closed."""
-        fp: Any = self.fp
-        while left is None or left > 0:
-            piece = fp.read1(size if left is None else min(left, size))
-            if not piece:
-                if left is None:
-                    return
-                raise http.client.IncompleteRead(b"")
-            if left is not None:
-                left -= len(piece)
-            yield piece
-
-    def _frame(self) -> None:
+    def _frame(self, codings: list[str], lengths: list[str], options: list[str]) -> None:
         """How the body ends (RFC 9112 section 6.3)."""
-        codings = self.headers.get("transfer-encoding")
-        self.chunked = codings is not None and codings.rpartition(",")[2].strip().lower() == "chunked"
+        self.chunked = bool(codings) and codings[0].rpartition(",")[2].strip().lower() == "chunked"
         self.chunk_left = None
-        self.length = None if codings is not None else _length(self.headers.get("content-length"))
+        self.length = _length(lengths) if lengths and not codings else None
         if self.status in (204, 304) or self.status < 200 or self._method == "HEAD":  # type: ignore[attr-defined]
             self.chunked, self.length = False, 0
-        # Without either, only its close ends the body; where it is said twice, somebody may mean the other.
-        unbounded = self.length is None and not self.chunked
-        is_doubtful = (codings is not None) + len(self.headers.getlist("content-length")) > 1
-        self.will_close = unbounded or is_doubtful or self._check_close()  # type: ignore[attr-defined]
+        option = ",".join(options).lower()
+        self.will_close = (
+            (self.length is None and not self.chunked)  # only its close ends the body
+            or len(codings) + len(lengths) > 1  # said twice: somebody may mean the other
+            or self.status == http.client.SWITCHING_PROTOCOLS
+            or "close" in option
+            or (self.version == 10 and "keep-alive" not in option)
+        )
+
+    # http.client has no public way to read chunk sizes strictly, or to look behind the end of a body.
+
+    def _read_next_chunk_size(self) -> int:
+        """RFC 9112 section 7.1; http.client's own takes `0x5`, `+5` and `-5` for sizes."""
+        size = _CHUNK_SIZE.fullmatch(self.fp.readline(_LONGEST_LINE))
+        if size is None:
+            raise ValueError("not the size of a chunk")
+        return int(size[1], 16)
+
+    def _close_conn(self) -> None:
+        """The body is over."""
+        if self.fp is not None and not self.will_close:
+            self._socket.is_looked_into = True
+            self.has_bytes_behind = bool(self.fp.peek(1)) or self._socket.pending() > 0
+            self._socket.is_looked_into = False
+        super()._close_conn()  # type: ignore[misc]
 
 
-def _length(told: str | None) -> int | None:
-    """RFC 9112 section 6.3, rule 5: the same number again is that number, anything else none at all."""
-    if told is None:
-        return None
-    numbers = {each.strip() for each in told.split(",")}
-    number = numbers.pop()
-    if numbers or not _DIGITS.fullmatch(number):
-        raise http.client.HTTPException("no content-length")
+def _length(lengths: list[str]) -> int:
+    """RFC 9112 section 6.3, rule 5: the same number again is that number, anything else is an error."""
+    number = lengths[0]
+    if len(lengths) > 1 or "," in number:
+        numbers = {each.strip() for each in ",".join(lengths).split(",")}
+        number = numbers.pop() if len(numbers) == 1 else ""
+    if not _DIGITS.fullmatch(number):
+        raise http.client.HTTPException("not a content-length")
     return int(number)
 
 
-def _chunk_size(line: bytes) -> int:
-    if not line.endswith(b"\n"):
-        raise http.client.IncompleteRead(b"")
-    size = line.partition(b";")[0].strip()
-    if not _CHUNK_SIZE.fullmatch(size):
-        raise ValueError("no chunk begins like that")
-    return int(size, 16)
-
-
-class Response(urllib3.HTTPResponse):
-    """urllib3's, for its decoding and its way back to the pool."""
-
-    def __init__(self, answer: _Answer, *args: Any, **kwargs: Any) -> None:
-        super().__init__(answer, *args, **kwargs)
-        self._answer = answer
-
-    def pieces(self, size: int) -> Iterator[bytes]:
-        """See `_Answer.pieces`. Read to its end, it gives the connection back to the pool."""
-        yield from self._answer.pieces(size)
-        self.release_conn()
-
-
 class _Connection(HTTPConnection):
-    """A connection whose socket its caller can abort, and whose connecting is bounded as a whole."""
+    """A connection on watched sockets, whose connecting is bounded as a whole."""
 
-    caller: Caller | None = None
-    _handle: socket.socket | None = None
-
-    def connect(self) -> None:
-        caller = self._caller
-        deadline = caller.watcher.deadline(caller, caller.connect_timeout, Reason.CONNECT_TIMEOUT)
-        try:
-            super().connect()
-            self.use()
-        except BaseException:
-            caller.detach()
-            raise
-        finally:
-            deadline.cancel()
-            if self._handle is not None:
-                self._handle.close()
-
-    def use(self) -> None:
-        """Let the caller have the socket, which waits as long as it takes from now on."""
-        self._caller.connected = True
-        self._caller.attach(self.sock)
-        self.sock.settimeout(None)
-
-    def say(self, head: bytes, body: bytes) -> None:
-        """Send a request."""
-        # Whoever closes its end while we send may have answered before: a 413, say. TLS has a name of its own
-        # for a broken pipe.
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError, ssl.SSLEOFError):
-            if len(body) <= _JOINED:
-                self.sock.sendall(head + body)
-            else:
-                self.sock.sendall(head)
-                self.sock.sendall(body)
-
-    def hear(self, method: str, pool: HTTPConnectionPool) -> Response:
-        """Wait for the head of the answer. Read to its end, it gives the connection back to the pool."""
-        answer = _Answer(self.sock, method=method)
-        try:
-            if answer.fp.peek(1):
-                self._caller.heard = True
-            answer.begin()
-            if answer.will_close:
-                self.close()  # the answer's own file stays
-            return Response(
-                answer,
-                answer.headers,
-                answer.status,
-                version=answer.version,
-                reason=answer.reason,
-                preload_content=False,
-                decode_content=False,
-                original_response=answer,
-                pool=pool,
-                connection=self,
-                request_method=method,
-            )
-        except BaseException:
-            answer.close()
-            raise
-
-    def release(self) -> None:
-        """Before the connection goes back to the pool: a late abort must not hit the next call."""
-        if self.caller is not None:
-            self.caller.detach()
-            self.caller = None
+    response_class = Answer
+    sock: Any
 
     @property
-    def _caller(self) -> Caller:
-        assert self.caller is not None
-        return self.caller
+    def is_connected(self) -> bool:
+        """Whether a kept connection will do; urllib3 asks when it takes one from the pool."""
+        sending = current()
+        sending.is_reused = not sending.is_fresh and super().is_connected
+        return sending.is_reused
+
+    def request(self, method: str, url: str, body: Any = None, *args: Any, **kwargs: Any) -> None:
+        """Send a request; a small body goes out in one segment with the head."""
+        if self.is_closed:
+            self.connect()
+        sending = self.sock.sending = current()
+        sending.is_connected = True
+        is_joined = len(body or b"") <= _JOINED  # holding back a large one costs more than it saves
+        if is_joined:
+            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
+        super().request(method, url, body, *args, **kwargs)
+        if is_joined:
+            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 0)
+
+    def connect(self) -> None:
+        """Connect within the connect timeout: name, TCP, tunnel and TLS together."""
+        sending = current()
+        sending.is_reused = False
+        sending.is_at_proxy = self.proxy is not None
+        sending.wait.connect_by = time.monotonic() + sending.connect_timeout
+        try:
+            super().connect()
+        finally:
+            sending.wait.connect_by = float("inf")
+        sending.is_at_proxy = False
 
     def _new_conn(self) -> socket.socket:
-        caller = self._caller
+        """urllib3's own would neither see the client leave nor bound the look-up; it has no public way."""
+        wait = current().wait
+        ends = wait.connect_by
         failed: OSError | None = None
-        caller.at_proxy = self.proxy is not None
         try:
-            addresses = caller.resolver.resolve(
-                self._dns_host, self.port, caller.connect_timeout, caller.check
-            )
+            addresses = _resolver.resolve(self._dns_host, self.port, ends - time.monotonic())
             for left, address in zip(range(len(addresses), 0, -1), addresses, strict=True):
+                # Each address may take its share of the time that is left.
+                now = time.monotonic()
+                wait.connect_by = now + max(0.0, ends - now) / left
                 try:
-                    sock = self._dial(address, caller.connect_timeout / left)
+                    sock = _dial(address, self.socket_options or ())
                 except OSError as error:
                     failed = error
                 else:
-                    caller.at_proxy = self.proxy_is_tunneling
+                    wait.connect_by = ends
                     return sock
         except OSError as error:
             failed = error
         raise urllib3.exceptions.NewConnectionError(self, "no connection") from failed
 
-    def _dial(self, address: Address, seconds: float) -> socket.socket:
-        family, kind, protocol, _, place = address
-        sock = socket.socket(family, kind, protocol)
-        try:
-            for option in self.socket_options or ():
-                sock.setsockopt(*option)
-            sock.settimeout(seconds)
-            if self._handle is not None:
-                self._handle.close()
-            # TLS takes the socket object away; a duplicate reaches the connection all the same.
-            self._handle = sock.dup()
-            self._caller.attach(self._handle)
-            sock.connect(place)
-        except BaseException:
-            sock.close()
-            raise
-        return sock
+
+def _dial(address: Address, options: Iterable[Any]) -> WatchedSocket:
+    """A connected socket. Raises `OSError`, and `TimeoutError` where the next address is to be tried."""
+    family, kind, protocol, _, place = address
+    sock = WatchedSocket(family, kind, protocol)
+    sock.sending = current()
+    wait = sock.sending.wait
+    try:
+        for option in options:
+            sock.setsockopt(*option)
+        sock.setblocking(False)
+        error = sock.connect_ex(place)
+        if error == errno.EINPROGRESS:
+            wait.until(sock.fileno(), select.POLLOUT)
+            error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    except BaseException as failed:
+        wait.release()
+        sock.close()
+        if isinstance(failed, ConnectTimeout):
+            raise TimeoutError from None
+        raise
+    if error:
+        wait.release()
+        sock.close()
+        raise OSError(error, os.strerror(error))
+    return sock
 
 
 class _TlsConnection(_Connection, HTTPSConnection):
@@ -348,80 +271,14 @@ class _TlsConnection(_Connection, HTTPSConnection):
 
     def _tunnel(self) -> None:
         super()._tunnel()
-        self._caller.check()  # what was cut off in the answer's head passes for a tunnel
-        self._caller.at_proxy = False
+        current().is_at_proxy = False
 
 
 class _Pool(HTTPConnectionPool):
-    """The connections to one upstream, or to a forward proxy that plain requests go to."""
-
     ConnectionCls = _Connection
-    is_left = False  # no upstream is reached this way any more
-
-    def exchange(self, caller: Caller, outgoing: Outgoing) -> urllib3.HTTPResponse:
-        """Send a request and wait for the head of its answer.
-
-        Not `urlopen`, whose retries, redirects and timeouts of its own are not wanted here.
-        """
-        head = self._head(outgoing)
-        connection: Any = self._get_conn()
-        try:
-            connection.caller = caller
-            self._open(connection, caller)
-            connection.say(head, outgoing.body)
-            response: urllib3.HTTPResponse = connection.hear(outgoing.method, self)
-        except BaseException:
-            connection.close()
-            self._put_conn(None)
-            raise
-        return response
-
-    def _open(self, connection: _Connection, caller: Caller) -> None:
-        if caller.fresh:
-            connection.close()
-        if not connection.is_closed:
-            caller.reused = True
-            connection.use()
-        elif self.proxy is not None and self.scheme == "https":
-            self._prepare_proxy(connection)  # connects it, through a tunnel
-        else:
-            connection.connect()
-
-    def _head(self, outgoing: Outgoing) -> bytes:
-        forwarded = outgoing.is_forwarded
-        host = urlsplit(outgoing.url).netloc if forwarded else self._authority
-        pairs = [("Host", host), *outgoing.headers]
-        if "accept-encoding" not in dict(outgoing.headers):
-            pairs.insert(1, ("Accept-Encoding", "identity"))
-        if outgoing.body or outgoing.method == "POST":
-            pairs.append(("Content-Length", str(len(outgoing.body))))
-        if forwarded:
-            pairs.extend(self.proxy_headers.items())
-        return _spelled(f"{outgoing.method} {_target(outgoing)} HTTP/1.1", pairs)
-
-    @functools.cached_property
-    def _authority(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host.rstrip(".")
-        return host if self.port == self.ConnectionCls.default_port else f"{host}:{self.port}"
-
-    def leave(self) -> None:
-        """Close the kept connections, and those in use when they come back. Whoever asks may still ask."""
-        self.is_left = True
-        kept: Any = self.pool
-        with contextlib.suppress(queue.Empty):
-            while True:
-                if (connection := kept.get(block=False)) is not None:
-                    connection.close()
-
-    def _put_conn(self, conn: Any) -> None:
-        if conn is not None:
-            conn.release()
-        if conn is not None and self.is_left:
-            conn.close()
-        super()._put_conn(conn)
 
 
-class _TlsPool(_Pool, HTTPSConnectionPool):
+class _TlsPool(HTTPSConnectionPool):
     ConnectionCls = _TlsConnection
 
 
@@ -429,57 +286,93 @@ _POOLS = {"http": _Pool, "https": _TlsPool}
 
 
 class Adapter(HTTPAdapter):
-    """Mounts the pools above, for upstreams that are reached directly and through a forward proxy."""
+    """requests' adapter with the pools above. What it overrides are requests' documented hooks."""
 
     def __init__(self) -> None:
-        self._managing = threading.Lock()
-        self._kept: dict[tuple[str, str, str | None, str | None], _Pool] = {}
+        self._lock = threading.Lock()
+        self._pools: dict[Any, HTTPConnectionPool] = {}
+        self._contexts: dict[str | None, ssl.SSLContext] = {}
         super().__init__(POOL, POOL)
 
-    def exchange(self, caller: Caller, outgoing: Outgoing) -> urllib3.HTTPResponse:
-        """Send a request and wait for the head of its answer, whose body is still to be read."""
-        return self._pool(outgoing).exchange(caller, outgoing)
-
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        """Make the pools of upstreams that are reached directly."""
         super().init_poolmanager(*args, socket_options=_SOCKET_OPTIONS, **kwargs)
         self.poolmanager.pool_classes_by_scheme = _POOLS
 
     def proxy_manager_for(self, proxy: str, **kwargs: Any) -> Any:
-        with self._managing:  # else another thread could meet a manager with urllib3's own pools
-            manager = super().proxy_manager_for(proxy, socket_options=_SOCKET_OPTIONS, **kwargs)
-            manager.pool_classes_by_scheme = _POOLS
+        """The pools of upstreams that are reached through a forward proxy."""
+        manager = super().proxy_manager_for(proxy, socket_options=_SOCKET_OPTIONS, **kwargs)
+        manager.pool_classes_by_scheme = _POOLS
         return manager
 
     def proxy_headers(self, proxy: str) -> dict[str, str]:
+        """The password for a forward proxy; requests itself cannot send what is not Latin-1."""
         return {"Proxy-Authorization": f"Basic {sent}"} if (sent := credentials(proxy)) else {}
 
-    def keep_only(self, ways: Iterable[Way]) -> None:
-        """See `_Pool.leave`."""
-        staying = {_place(url, proxy, ca_bundle) for url, proxy, ca_bundle in ways}
-        for way in set(self._kept) - staying:
-            self._kept.pop(way).leave()
+    def build_connection_pool_key_attributes(self, request: Any, verify: Any, cert: Any = None) -> Any:
+        """One `SSLContext` per CA bundle: requests and urllib3 would make one per connection."""
+        host, tls = super().build_connection_pool_key_attributes(request, verify, cert)
+        if host["scheme"] == "https":
+            context = self._context(verify if isinstance(verify, str) else None)
+            tls = {"cert_reqs": "CERT_REQUIRED", "ssl_context": context}
+        return host, tls
 
-    def _pool(self, outgoing: Outgoing) -> _Pool:
-        parts = urlsplit(outgoing.url)
-        verify = outgoing.ca_bundle or True
-        way = _place(outgoing.url, outgoing.proxy, outgoing.ca_bundle)
-        pool = self._kept.get(way)
+    def get_connection_with_tls_context(
+        self, request: Any, verify: Any, proxies: Any = None, cert: Any = None
+    ) -> Any:
+        """The pool of an upstream; requests' own takes as long as a small request to find it again."""
+        key = (_place(request.url), verify, (proxies or {}).get("http"))
+        pool = self._pools.get(key)
         if pool is None:
-            request = requests.PreparedRequest()
-            request.url = outgoing.url
-            proxies = {parts.scheme: outgoing.proxy} if outgoing.proxy else {}
-            made: Any = self.get_connection_with_tls_context(request, verify, proxies)
-            pool = self._kept[way] = made
-            pool.is_left = False
-        if parts.scheme == "https":
-            self.cert_verify(pool, outgoing.url, verify, None)  # type: ignore[no-untyped-call]
+            with self._lock:  # another thread must not meet a manager with urllib3's own pools
+                made: Any = super().get_connection_with_tls_context(request, verify, proxies, cert)
+                pool = self._pools[key] = made
         return pool
 
+    def cert_verify(self, conn: Any, url: Any, verify: Any, cert: Any) -> None:
+        """The context has it all; urllib3 would read the bundle again for each connection."""
 
-def _place(url: str, proxy: str | None, ca_bundle: str | None) -> tuple[str, str, str | None, str | None]:
-    """What requests must have in common to share connections."""
-    parts = urlsplit(url)
-    return parts.scheme, parts.netloc, proxy, ca_bundle
+    def request_url(self, request: Any, proxies: Any) -> str:
+        """Path and query, or the whole URL for a forward proxy that reads the request itself.
+
+        A raw byte that the client sent, which WSGI spells as a character of Latin-1, is escaped.
+        """
+        place = _place(request.url)
+        target = request.url.removeprefix(place).partition("#")[0] or "/"
+        if _NOT_PRINTABLE.search(target):
+            target = quote(target, safe=_PRINTABLE, encoding="latin-1")
+        return f"{place}{target}" if proxies and place.startswith("http:") else target
+
+    def build_response(self, req: Any, resp: Any) -> requests.Response:
+        """requests' response without its copy of the headers, its cookies and its guess of an encoding."""
+        response = requests.Response()
+        response.status_code, response.reason = resp.status, resp.reason
+        response.headers, response.raw = resp.headers, resp
+        response.request, response.url = req, req.url
+        return response
+
+    def keep_only(self, ways: Iterable[Way]) -> None:
+        """Close the kept connections to upstreams that are not reached in one of these ways any more.
+
+        Those in use are closed when they come back. CA bundles are read again for new connections.
+        """
+        staying = {(_place(url), bundle or True, proxy) for url, proxy, bundle in ways}
+        with self._lock:
+            self._contexts.clear()
+            for key in list(self._pools):
+                if key not in staying or key[1] is not True:
+                    self._pools.pop(key).close()
+            self.close()  # the managers forget their pools; those that stay are kept here
+
+    def _context(self, bundle: str | None) -> ssl.SSLContext:
+        """Raises `OSError` where the bundle cannot be read."""
+        context = self._contexts.get(bundle)
+        if context is None:
+            context = create_urllib3_context()
+            context.sslsocket_class = WatchedTlsSocket
+            context.load_verify_locations(bundle or requests.adapters.DEFAULT_CA_BUNDLE_PATH)
+            self._contexts[bundle] = context
+        return context
 
 
 def credentials(proxy: str) -> str | None:
@@ -494,25 +387,7 @@ def credentials(proxy: str) -> str | None:
     return base64.b64encode(name + b":" + password).decode()
 
 
-def _target(outgoing: Outgoing) -> str:
-    """Path and query as they are given; urllib3 would mend their escapes.
-
-    Only what no request line can hold is escaped: a raw byte that the client sent, which WSGI spells as a
-    character of Latin-1.
-    """
-    parts = urlsplit(outgoing.url)
-    path = f"{parts.path or '/'}?{parts.query}" if parts.query else parts.path or "/"
-    path = quote(path, safe=_PRINTABLE, encoding="latin-1")
-    return f"{parts.scheme}://{parts.netloc}{path}" if outgoing.is_forwarded else path
-
-
-def _spelled(request_line: str, pairs: Pairs) -> bytes:
-    """The head of a request. Raises `ValueError` if more could be read in it than is meant."""
-    if not _REQUEST_LINE.fullmatch(request_line):
-        raise ValueError("no request line can be made of this method and URL")
-    lines = [request_line]
-    for name, value in pairs:
-        if not _NAME.fullmatch(name) or _BREAKING.search(value):
-            raise ValueError(f"the header {name!r} cannot be sent as it is")
-        lines.append(f"{name}: {value}")
-    return "\r\n".join((*lines, "\r\n")).encode("latin-1")
+def _place(url: str) -> str:
+    """Scheme, host and port of a URL, as they are written."""
+    scheme, _, rest = url.partition("://")
+    return f"{scheme}://{rest.partition('/')[0]}"

@@ -33,8 +33,8 @@ _TEXT = (
 class DemoAdapter(HTTPAdapter):
     """Answers messages requests to `demo://answers` and `demo://failing`."""
 
-    def send(self, request: requests.PreparedRequest, *args: Any, **kwargs: Any) -> Any:
-        """urllib3's response, as `transport` wants it."""
+    def send(self, request: requests.PreparedRequest, *args: Any, **kwargs: Any) -> requests.Response:
+        """See `requests.adapters.HTTPAdapter.send`; the body is a stream."""
         request_id = f"req_demo_{uuid.uuid4().hex[:16]}"
         asked = members(bytes(request.body or b"{}"))  # type: ignore[arg-type]
         model = text(asked.get("model", b"")) or ""
@@ -51,12 +51,13 @@ class DemoAdapter(HTTPAdapter):
         else:
             status, content_type = 200, "application/json"
             pieces = [json.dumps(_message(model, _TEXT)).encode()]
-        return urllib3.HTTPResponse(
+        answer = urllib3.HTTPResponse(
             body=_Pieces(pieces),
             status=status,
             headers={"content-type": content_type, "request-id": request_id},
             preload_content=False,
         )
+        return self.build_response(request, answer)
 
 
 class _Pieces(io.RawIOBase):

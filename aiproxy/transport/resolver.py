@@ -7,13 +7,8 @@ of its own, which callers that want the same name share, and leave behind when t
 import ipaddress
 import socket
 import threading
-import time
-from collections.abc import Callable
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from typing import Any
-
-#: Seconds between two looks at whether a caller still wants to know.
-LOOK = 0.3
 
 #: As `socket.getaddrinfo` gives them: family, kind, protocol, canonical name, address.
 Address = tuple[int, int, int, str, Any]
@@ -26,20 +21,14 @@ class Resolver:
         self._lock = threading.Lock()
         self._running: dict[tuple[str, int], Future[list[Address]]] = {}
 
-    def resolve(self, host: str, port: int, seconds: float, check: Callable[[], None]) -> list[Address]:
+    def resolve(self, host: str, port: int, seconds: float) -> list[Address]:
         """The addresses of `host`, in the system's order of preference.
 
-        Raises `socket.gaierror`, `TimeoutError` after `seconds`, and within `LOOK` what `check` raises
-        once nobody waits for the answer any more.
+        Raises `socket.gaierror`, and `TimeoutError` after `seconds`.
         """
         if _is_address(host):
             return _look_up(host, port)
-        lookup = self._lookup(host, port)
-        until = time.monotonic() + seconds
-        while not lookup.done() and (left := until - time.monotonic()) > 0:
-            wait([lookup], min(LOOK, left))
-            check()
-        return lookup.result(timeout=0)
+        return self._lookup(host, port).result(max(0.0, seconds))
 
     def _lookup(self, host: str, port: int) -> "Future[list[Address]]":
         with self._lock:

@@ -12,6 +12,9 @@ from collections.abc import Iterator, Mapping
 
 import urllib3
 
+from ..policy import Fault
+from .wait import Interrupted
+
 # http.client's words.
 _REFUSED_TUNNEL = re.compile(r"Tunnel connection failed: (\d+) ?(.*)", re.DOTALL)
 # A reason of plain words, which holds neither an address nor a host with a domain.
@@ -20,11 +23,21 @@ _WORDS = re.compile(r"[A-Za-z][A-Za-z ']{0,59}")
 _MISMATCHES = frozenset({62, 64})
 
 
-def is_timeout(error: Exception | None) -> bool:
-    """Whether somebody was silent for too long."""
-    return any(
-        isinstance(cause, TimeoutError | urllib3.exceptions.ReadTimeoutError) for cause in _chain(error)
-    )
+class TransportError(Exception):
+    """A request brought no answer, or none to its end."""
+
+    def __init__(self, fault: Fault, detail: str, is_stale: bool = False) -> None:
+        """`detail` names no address."""
+        super().__init__(detail)
+        self.fault = fault
+        self.detail = detail
+        #: A kept connection broke before any byte of an answer: the upstream had closed it.
+        self.is_stale = is_stale
+
+
+def has_closed_pool(error: Exception) -> bool:
+    """Whether the pool of connections had been closed; nothing was sent then."""
+    return any(isinstance(cause, urllib3.exceptions.ClosedPoolError) for cause in _chain(error))
 
 
 def wants_password(status: int, headers: Mapping[str, str]) -> bool:
@@ -51,9 +64,11 @@ def refusal(status: int, reason: str | None) -> str:
     return f"the forward proxy refused: {status} {reason}".rstrip()
 
 
-def plain(error: Exception | None) -> str:
-    """One plain phrase for an exception and what caused it; None is an answer that just ended."""
+def plain(error: Exception) -> str:
+    """One plain phrase for an exception and what caused it."""
     for cause in reversed(list(_chain(error))):
+        if isinstance(cause, Interrupted):
+            return cause.detail
         if isinstance(cause, ssl.SSLCertVerificationError):
             mismatch = cause.verify_code in _MISMATCHES
             told = "it is for another host" if mismatch else cause.verify_message
@@ -64,8 +79,6 @@ def plain(error: Exception | None) -> str:
             return "the host name was not found"
         if isinstance(cause, TimeoutError):
             return "no connection in time"
-        if isinstance(cause, OSError) and "TLS CA certificate bundle" in str(cause):  # requests' words
-            return "the CA bundle is not there any more"
         if isinstance(cause, http.client.RemoteDisconnected):
             return "closed without an answer"
         if isinstance(cause, http.client.IncompleteRead | urllib3.exceptions.IncompleteRead):
@@ -76,7 +89,7 @@ def plain(error: Exception | None) -> str:
             return "the answer's content encoding is broken"
         if isinstance(cause, urllib3.exceptions.ProtocolError) and "prematurely" in str(cause):
             return "the answer was cut short"
-    return "the answer was cut short" if error is None else f"no valid HTTP ({type(error).__name__})"
+    return f"no valid HTTP ({type(error).__name__})"
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
