@@ -44,20 +44,22 @@ class Serving:
 
     def send(self, call: Callable[..., int], data: Any) -> None:
         """Call until all is sent. Raises `BrokenPipeError`: gunicorn takes it for a client that left."""
-        with memoryview(data) as view:
-            sent, latest = 0, float("inf")
-            while sent < len(view):
-                try:
-                    sent += call(view[sent:])
-                    latest = float("inf")
-                    continue
-                except _WOULD_BLOCK as error:
-                    event = _event(error, select.POLLOUT)
-                latest = min(latest, time.monotonic())
-                try:
-                    self._await_room(event, latest)
-                except Interrupted as interrupted:
-                    raise BrokenPipeError(errno.EPIPE, interrupted.detail) from None
+        sent, latest = 0, float("inf")
+        while True:
+            try:
+                sent += call(memoryview(data)[sent:] if sent else data)
+            except _WOULD_BLOCK as error:
+                event = _event(error, select.POLLOUT)
+            else:
+                if sent == len(data):
+                    return
+                latest = float("inf")
+                continue
+            latest = min(latest, time.monotonic())
+            try:
+                self._await_room(event, latest)
+            except Interrupted as interrupted:
+                raise BrokenPipeError(errno.EPIPE, interrupted.detail) from None
 
     def _await_room(self, event: int, since: float) -> None:
         """Wait until it makes sense to send again. Raises `Interrupted` once the client takes nothing.

@@ -183,6 +183,8 @@ class _Connection(HTTPConnection):
 
     response_class = Answer
     sock: Any
+    _is_head_held = False
+    _head = b""
 
     @property
     def is_connected(self) -> bool:
@@ -197,12 +199,17 @@ class _Connection(HTTPConnection):
             self.connect()
         sending = self.sock.sending = current()
         sending.is_connected = True
-        is_joined = len(body or b"") <= _JOINED  # holding back a large one costs more than it saves
-        if is_joined:
-            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)
+        self._is_head_held = 0 < len(body or b"") <= _JOINED  # copying a large one costs more than it saves
+        self._head = b""
         super().request(method, url, body, *args, **kwargs)
-        if is_joined:
-            self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 0)
+
+    def send(self, data: Any) -> None:
+        """Called by http.client once with the head, and by urllib3 once with the body."""
+        if self._is_head_held:
+            self._head, self._is_head_held = data, False
+            return
+        head, self._head = self._head, b""
+        super().send(head + data if head else data)
 
     def connect(self) -> None:
         """Connect within the connect timeout: name, TCP, tunnel and TLS together."""

@@ -237,6 +237,9 @@ def current() -> Sending:
     return sending
 
 
+_receive = socket.socket.recv_into
+
+
 class WatchedSocket(socket.socket):
     """A socket to an upstream: its blocking calls are waits. It is never blocking itself."""
 
@@ -258,7 +261,7 @@ class WatchedSocket(socket.socket):
         while True:
             wait.until(self.fileno(), select.POLLIN)
             try:
-                return super().recv_into(buffer, nbytes, flags)
+                return _receive(self, buffer, nbytes, flags)
             except BlockingIOError:
                 continue
 
