@@ -9,10 +9,10 @@ import flask
 from .config import Config
 from .observability import logs
 from .observability.metrics import Metrics
-from .server.console import create_console
-from .server.service import Service
-from .server.views import create_blueprint
-from .upstreams.state import Alone, State
+from .server.admin import create_console
+from .server.routes import create_blueprint
+from .server.runtime import Service
+from .upstreams.shared_state import Alone, State
 
 
 def create_app(

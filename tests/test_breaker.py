@@ -3,7 +3,7 @@
 import pytest
 from fakes import Clock
 
-from aiproxy.upstreams.breaker import Breaker, Change, Outcome, Pass
+from aiproxy.upstreams.breaker import Breaker, Change, Event, Outcome, Pass
 
 
 @pytest.fixture
@@ -29,9 +29,9 @@ def open_and_wait(breaker, clock):
 
 
 def test_three_failures_in_a_row_open_it_for_the_cooldown(breaker, clock):
-    assert fail(breaker, 2) == Change("failed")
+    assert fail(breaker, 2) == Change(Event.FAILED)
     assert breaker.usable()
-    assert fail(breaker) == Change("open", 1800)
+    assert fail(breaker) == Change(Event.OPENED, 1800)
     assert breaker.acquire() is None
     clock.now += 1799.9
     assert breaker.acquire() is None
@@ -71,14 +71,14 @@ def test_one_trial_at_a_time(breaker, clock):
 
 def test_a_good_trial_closes_it(breaker, clock):
     open_and_wait(breaker, clock)
-    assert breaker.settle(breaker.acquire(), Outcome.SUCCESS) == Change("closed")
+    assert breaker.settle(breaker.acquire(), Outcome.SUCCESS) == Change(Event.CLOSED)
     assert breaker.acquire().kind is Pass.ORDINARY
-    assert fail(breaker, 2) == Change("failed")
+    assert fail(breaker, 2) == Change(Event.FAILED)
 
 
 def test_a_failed_trial_opens_it_again_for_the_whole_cooldown(breaker, clock):
     open_and_wait(breaker, clock)
-    assert breaker.settle(breaker.acquire(), Outcome.FAILURE) == Change("open", 1800)
+    assert breaker.settle(breaker.acquire(), Outcome.FAILURE) == Change(Event.OPENED, 1800)
     clock.now += 1799
     assert not breaker.usable()
     clock.now += 1
@@ -88,7 +88,7 @@ def test_a_failed_trial_opens_it_again_for_the_whole_cooldown(breaker, clock):
 def test_a_trial_is_a_success_at_its_commit_point_and_its_later_break_one_failure(breaker, clock):
     open_and_wait(breaker, clock)
     permit, change = breaker.commit(breaker.acquire())
-    assert change == Change("closed")
+    assert change == Change(Event.CLOSED)
     assert permit.kind is Pass.ORDINARY
     breaker.settle(permit, Outcome.FAILURE)
     assert breaker.usable()
@@ -127,7 +127,7 @@ def test_a_last_resort_success_closes_it(breaker):
     fail(breaker, 3)
     permit = breaker.acquire_last_resort()
     assert permit.kind is Pass.LAST_RESORT
-    assert breaker.settle(permit, Outcome.SUCCESS) == Change("closed")
+    assert breaker.settle(permit, Outcome.SUCCESS) == Change(Event.CLOSED)
     assert breaker.usable()
 
 
@@ -149,7 +149,7 @@ def test_a_last_resort_attempt_leaves_the_running_trial_alone(breaker, clock):
 
 def test_a_backoff_lasts_as_long_as_asked_and_counts_nothing(breaker, clock):
     fail(breaker, 2)
-    assert breaker.back_off(breaker.acquire(), 20) == Change("resting", 20)
+    assert breaker.back_off(breaker.acquire(), 20) == Change(Event.BACKED_OFF, 20)
     assert not breaker.usable()
     assert breaker.due() == clock.now + 20
     clock.now += 20

@@ -10,7 +10,7 @@ import httpx2
 import pytest
 from anthropic.lib.streaming import _beta_messages, _messages
 
-from aiproxy.api.collect import Collector, Malformed
+from aiproxy.api.accumulate import Accumulator, Malformed
 from aiproxy.api.sse import Event
 
 USAGE = {
@@ -66,8 +66,8 @@ START = event("message_start", message=MESSAGE)
 STOP = event("message_stop")
 
 
-def collected(events: Iterable[Event], partial_strings: bool = False) -> Collector:
-    collector = Collector(partial_strings)
+def collected(events: Iterable[Event], partial_strings: bool = False) -> Accumulator:
+    collector = Accumulator(partial_strings)
     for one in events:
         collector.feed(one)
     return collector
@@ -768,7 +768,7 @@ def test_whatever_comes_the_result_is_json_or_malformed() -> None:
     collected(ZOO).message()
     messages = 0
     for seed in range(1500):
-        collector = Collector(partial_strings=seed % 2 == 0)
+        collector = Accumulator(partial_strings=seed % 2 == 0)
         for one in damaged(ZOO, random.Random(seed)):
             try:
                 collector.feed(one)

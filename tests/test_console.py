@@ -48,7 +48,7 @@ def test_ready_means_that_some_upstream_is_usable(upstream):
         ask.post("/v1/messages", json=ASK)
     assert look(app, "/readyz") == (
         503,
-        "no upstream is usable: all circuits are open or resting, the first for 1800 s more",
+        "no upstream is usable: all circuits are open or in backoff, the first for 1800 s more",
     )
     assert look(app, "/healthz") == (200, "ok")
     clock.now += 1800  # half-open: the next request is the trial

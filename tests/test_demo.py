@@ -9,7 +9,7 @@ import requests
 from anthropic.types import Message
 from conftest import ROOT
 
-from aiproxy.api.collect import Collector
+from aiproxy.api.accumulate import Accumulator
 from aiproxy.api.sse import Framer, parse
 from aiproxy.app import create_app
 from aiproxy.config import Config, UpstreamSettings
@@ -41,7 +41,7 @@ def without(message, *names):
 
 
 def collected(events):
-    collector = Collector()
+    collector = Accumulator()
     for event in events:
         collector.feed(event)
     return json.loads(collector.message())

@@ -49,7 +49,7 @@ from werkzeug.test import create_environ
 
 from aiproxy.app import create_app
 from aiproxy.config import BreakerSettings, Config, Timeouts, UpstreamSettings
-from aiproxy.server import service
+from aiproxy.server import runtime as service
 from aiproxy.transport import connection
 from aiproxy.transport.session import Transport
 from aiproxy.upstreams.breaker import Breaker, Outcome

@@ -5,7 +5,7 @@ import threading
 import pytest
 from fakes import Clock
 
-from aiproxy.api.report import Report
+from aiproxy.api.usage import Usage
 from aiproxy.observability.history import FAILURES, MINUTES, History
 
 
@@ -58,7 +58,7 @@ def test_a_median_is_right_to_an_eighth_within_the_sensible_range(history, secon
 
 def test_after_an_hour_it_is_forgotten(history, clock):
     history.attempt("a", 1.0)
-    history.used("a", Report(input_tokens=7))
+    history.used("a", Usage(input_tokens=7))
     clock.now += 60 * (MINUTES - 1)
     assert (history.of("a").answers, history.of("a").tokens.input) == (1, 7)
     clock.now += 60
@@ -81,11 +81,11 @@ def test_tokens_add_up_and_the_cache_share_is_of_all_input(history):
     for _ in range(2):
         history.used(
             "a",
-            Report(
+            Usage(
                 input_tokens=10, output_tokens=5, cache_read_input_tokens=80, cache_creation_input_tokens=10
             ),
         )
-    history.used("a", Report())
+    history.used("a", Usage())
     record = history.of("a")
     assert (record.tokens.input, record.tokens.output) == (20, 10)
     assert (record.tokens.cache_read, record.tokens.cache_write) == (160, 20)

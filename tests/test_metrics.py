@@ -16,12 +16,12 @@ from fakes import RawClient
 from prometheus_client.parser import text_string_to_metric_families
 
 from aiproxy import __version__
-from aiproxy.api.report import Report
+from aiproxy.api.usage import Usage
 from aiproxy.observability.metrics import STRANGERS, Metrics, exposition_of, process_ended
 
 ROOT = Path(__file__).parent.parent
 ODD = ['say "hi"', "two\nlines", "back\\slash", "back\\nslash", "cr\rlf", "{a=b},", "ünï 漢", " ", "nul\0"]
-USED = Report(input_tokens=5, output_tokens=7, cache_read_input_tokens=11, cache_creation_input_tokens=13)
+USED = Usage(input_tokens=5, output_tokens=7, cache_read_input_tokens=11, cache_creation_input_tokens=13)
 
 
 def parsed(body):
@@ -102,7 +102,7 @@ def test_the_first_byte_is_that_of_good_answers():
 def test_an_answer_adds_its_seconds_and_its_tokens_by_kind():
     metrics = Metrics()
     metrics.answer("one", 400.0, USED)
-    metrics.answer("one", 1.5, Report(output_tokens=100))
+    metrics.answer("one", 1.5, Usage(output_tokens=100))
     assert figure(metrics, "aiproxy_answer_seconds_sum", upstream="one") == 401.5
     assert figure(metrics, "aiproxy_answer_seconds_bucket", upstream="one", le="600.0") == 2
     assert figure(metrics, "aiproxy_answer_seconds_bucket", upstream="one", le="300.0") == 1
@@ -113,7 +113,7 @@ def test_an_answer_adds_its_seconds_and_its_tokens_by_kind():
 
 def test_a_kind_of_tokens_that_no_answer_told_of_is_zero():
     metrics = Metrics()
-    metrics.answer("one", 1.0, Report(input_tokens=3))
+    metrics.answer("one", 1.0, Usage(input_tokens=3))
     assert figure(metrics, "aiproxy_tokens_total", upstream="one", kind="cache_read") == 0
 
 
@@ -130,7 +130,7 @@ def test_each_upstream_is_in_one_circuit_state():
     metrics = Metrics()
     metrics.circuits({"one": "closed"})
     metrics.circuits({"one": "open"})
-    states = ("closed", "half_open", "resting", "open", "draining")
+    states = ("closed", "half_open", "backoff", "open", "draining")
     shown = {state: figure(metrics, "aiproxy_circuit_state", upstream="one", state=state) for state in states}
     assert shown == {**dict.fromkeys(states, 0), "open": 1}
 
@@ -177,7 +177,7 @@ def test_the_exposition_is_prometheus_text_about_nothing_else():
 def test_tokens_are_also_counted_by_client_and_model():
     metrics = Metrics()
     metrics.know_models(["claude-x"])
-    report = Report(input_tokens=5, output_tokens=7)
+    report = Usage(input_tokens=5, output_tokens=7)
     metrics.client_tokens("alice", "claude-x", "complete", report)
     metrics.client_tokens("alice", "claude-x", "complete", report)
     metrics.client_tokens(None, "claude-x", "complete", report)
@@ -197,7 +197,7 @@ def test_tokens_of_a_model_that_nobody_configured_are_bounded_as_requests_are():
 
 
 def test_several_machines_each_have_their_version_and_their_clients_tokens():
-    body, _ = exposition_of([busy(Metrics()).told("m1"), busy(Metrics()).told("m2")])
+    body, _ = exposition_of([busy(Metrics()).encoded("m1"), busy(Metrics()).encoded("m2")])
     samples = parsed(body)
     for machine in ("m1", "m2"):
         version = frozenset({"version": __version__, "machine": machine}.items())
@@ -319,7 +319,7 @@ def test_the_end_of_a_process_that_shares_nothing_is_no_matter(monkeypatch):
 WORKER = """
 import os, sys
 from aiproxy.observability.metrics import Metrics, process_ended
-from aiproxy.api.report import Report
+from aiproxy.api.usage import Usage
 metrics = Metrics(os.environ["PROMETHEUS_MULTIPROC_DIR"])
 print(None, flush=True)
 for line in sys.stdin:
@@ -379,8 +379,8 @@ def test_processes_tell_their_sum_and_what_a_dead_one_counted(worker, tmp_path):
         each.do("metrics.know_models(['claude-x'])")
         each.do("metrics.request('claude-x', 'complete', 'me')")
         each.do("metrics.attempt('one', 'answered', 0.3)")
-        each.do("metrics.answer('one', 3.0, Report(input_tokens=5))")
-        each.do("metrics.client_tokens('me', 'claude-x', 'complete', Report(input_tokens=5))")
+        each.do("metrics.answer('one', 3.0, Usage(input_tokens=5))")
+        each.do("metrics.client_tokens('me', 'claude-x', 'complete', Usage(input_tokens=5))")
         each.do("metrics.stream_began()")
         each.do("metrics.reloaded('applied')")
     second.do("metrics.circuits({'one': 'open'})")

@@ -333,7 +333,7 @@ def test_a_stream_over_64_mb_is_a_fault(upstream, proxy):
 def test_a_bug_of_ours_is_a_500_that_nobody_is_charged_for(upstream, proxy, monkeypatch):
     a, b = upstream(), upstream()
     one = proxy(a, b)
-    monkeypatch.setattr("aiproxy.proxy.attempt.Collector.feed", lambda *_: 1 / 0)
+    monkeypatch.setattr("aiproxy.proxy.attempt.Accumulator.feed", lambda *_: 1 / 0)
     given = one.ask()
     assert (given.status, given.json()["error"]["type"]) == (500, "api_error")
     assert one.outcomes() == [["ignored"], []]

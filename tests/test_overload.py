@@ -1,7 +1,7 @@
 """Overload: one request too many is told so at once, and a place in flight is given back on every path.
 
 One gunicorn with a single place in flight serves most tests: whatever loses the place fails the test itself.
-Its `aiproxy.server.upload` waits for tenths of seconds where the real one waits for half a minute.
+Its `aiproxy.server.request_body` waits for tenths of seconds where the real one waits for half a minute.
 """
 
 import itertools
@@ -37,7 +37,7 @@ from fakes import (
 MB = 1024 * 1024
 IDLE = 0.3
 SILENCE = 0.3
-DROP_SECONDS = 0.8
+DISCARD_SECONDS = 0.8
 KEY = ("x-api-key", "key-of-alice")
 ASK = {"model": "claude-x", "max_tokens": 16, "messages": [{"role": "user", "content": "Hi"}]}
 STREAM = {**ASK, "stream": True}
@@ -47,10 +47,10 @@ BEGUN = message_events(["one ", "two ", "three"])[:4]
 # The proxy as it is, but in a hurry, and with a model that meets a bug of ours.
 HURRY = f"""
 import aiproxy.server.client
-import aiproxy.server.upload
+import aiproxy.server.request_body
 
 aiproxy.server.client.UPLOAD_SILENCE = {SILENCE}
-aiproxy.server.upload.DROP_SECONDS = {DROP_SECONDS}
+aiproxy.server.request_body.DISCARD_SECONDS = {DISCARD_SECONDS}
 
 import os
 
@@ -417,7 +417,7 @@ def test_a_refused_upload_that_trickles_is_given_up(proxy, a, why):
             except TimeoutError:
                 pass
         assert reply.status == why
-        assert DROP_SECONDS <= time.monotonic() - began < DROP_SECONDS + 0.5
+        assert DISCARD_SECONDS <= time.monotonic() - began < DISCARD_SECONDS + 0.5
     assert_a_place_is_free(proxy.url)
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from aiproxy.api.body import members
-from aiproxy.api.report import Report
+from aiproxy.api.usage import Usage
 
 ALL = {
     "input_tokens": 11,
@@ -20,13 +20,13 @@ def figures(report):
 
 
 def of_answer(spelt):
-    report = Report()
+    report = Usage()
     report.note_answer(members(spelt))
     return figures(report)
 
 
 def of_events(*events):
-    report = Report()
+    report = Usage()
     for name, data in events:
         report.note_event(name, data if isinstance(data, bytes) else json.dumps(data).encode())
     return figures(report)

@@ -18,7 +18,7 @@ from aiproxy.app import create_app
 from aiproxy.config import Config, LoggingSettings, StateUrl, UpstreamSettings
 from aiproxy.observability import logs
 from aiproxy.upstreams import redis_state
-from aiproxy.upstreams.breaker import Breaker, Change, Outcome, Pass
+from aiproxy.upstreams.breaker import Breaker, Change, Event, Outcome, Pass
 from aiproxy.upstreams.redis_state import RedisState
 from aiproxy.upstreams.upstream import Upstream
 
@@ -77,7 +77,7 @@ class Process:
     def settle(self, permit, outcome):
         change = self.breaker.settle(permit, outcome)
         if change is not None:
-            self.upstream.shared.tell(change, permit)
+            self.upstream.shared.report(change, permit)
         return change
 
     def told(self):
@@ -204,7 +204,7 @@ def test_one_process_at_a_time_makes_a_trial(process, short_cooldown):
 def test_a_good_trial_closes_it_for_all(process, short_cooldown):
     a, b = process(), process()
     due(a, b)
-    assert a.settle(a.trial(), Outcome.SUCCESS) == Change("closed")
+    assert a.settle(a.trial(), Outcome.SUCCESS) == Change(Event.CLOSED)
     await_that(lambda: state_of(b) == "closed", limit=1.0)
     assert b.breaker.acquire().kind is Pass.ORDINARY
 
@@ -255,7 +255,9 @@ def test_a_rest_is_shared_and_the_later_one_holds(process):
     a, b = process(), process()
     permits = [(a, a.breaker.acquire(), 20), (b, b.breaker.acquire(), 10)]
     for one, permit, seconds in permits:
-        one.upstream.shared.tell(one.breaker.back_off(permit, seconds) or Change("resting", seconds), permit)
+        one.upstream.shared.report(
+            one.breaker.back_off(permit, seconds) or Change(Event.BACKED_OFF, seconds), permit
+        )
     for one in (a, b):
         await_that(lambda one=one: one.breaker.circuit().seconds == pytest.approx(20, abs=1))
 
@@ -265,7 +267,7 @@ def test_closing_by_hand_reaches_all(process):
     a.fail(3)
     await_that(lambda: state_of(b) == "open")
     b.breaker.close()
-    b.upstream.shared.tell(Change("closed"))
+    b.upstream.shared.report(Change(Event.CLOSED))
     await_that(lambda: state_of(a) == "closed", limit=1.0)
 
 
@@ -521,7 +523,7 @@ def test_who_may_not_hear_of_others_says_so_and_looks(capsys, process, server, r
         await_that(lambda: a.state.ask("status").problem is not None)
         assert word in a.state.ask("status").problem
         a.breaker.close()
-        a.upstream.shared.tell(Change("closed"))
+        a.upstream.shared.report(Change(Event.CLOSED))
         await_that(lambda: state_of(b) == "closed")
         assert not away(a)
         out = capsys.readouterr().out
@@ -539,7 +541,7 @@ def test_a_circuit_that_was_closed_in_isolation_is_closed_for_all(process, cable
     cable.cut()
     await_that(lambda: away(a))
     a.breaker.close()
-    a.upstream.shared.tell(Change("closed"))
+    a.upstream.shared.report(Change(Event.CLOSED))
     cable.mend()
     await_that(lambda: state_of(b) == "closed")
 
@@ -551,7 +553,7 @@ def test_what_was_done_by_hand_while_the_server_was_lost_is_done_for_all(fragile
     await_that(lambda: state_of(b) == "open")
     fragile.pause()
     a.breaker.close()
-    a.upstream.shared.tell(Change("closed"))  # nobody knows yet that this will not be heard
+    a.upstream.shared.report(Change(Event.CLOSED))  # nobody knows yet that this will not be heard
     a.upstream.draining = True
     a.upstream.shared.drain(True)
     await_that(lambda: away(a) and away(b))
@@ -574,7 +576,7 @@ def test_what_was_undone_by_hand_stays_undone_where_others_remember_it(fragile, 
     fragile.kill()
     await_that(lambda: away(a) and away(b))
     a.breaker.close()
-    a.upstream.shared.tell(Change("closed"))
+    a.upstream.shared.report(Change(Event.CLOSED))
     a.upstream.draining = False
     a.upstream.shared.drain(False)
     fragile.start()
@@ -651,7 +653,7 @@ def test_leave_that_comes_too_late_is_for_the_next_request(process, short_cooldo
     trial = a.try_again()
     assert trial.kind is Pass.TRIAL
     assert b.try_again() is None
-    assert a.settle(trial, Outcome.SUCCESS) == Change("closed")
+    assert a.settle(trial, Outcome.SUCCESS) == Change(Event.CLOSED)
     await_that(lambda: state_of(b) == "closed", limit=1.0)
 
 
@@ -670,7 +672,7 @@ def test_leave_that_comes_too_late_ends_with_the_circuit(process, short_cooldown
     due(a, b)
     slow(a, monkeypatch)
     a.breaker.close()
-    a.upstream.shared.tell(Change("closed"))
+    a.upstream.shared.report(Change(Event.CLOSED))
     await_that(lambda: state_of(b) == "closed", limit=1.0)
     due(a, b)
     b.trial()

@@ -24,9 +24,9 @@ from fakes import (
 
 from aiproxy.app import create_app
 from aiproxy.config import BreakerSettings, Config, UpstreamSettings
-from aiproxy.upstreams import threads
-from aiproxy.upstreams.state import Alone
-from aiproxy.upstreams.threads import Owners
+from aiproxy.upstreams import message_threads as threads
+from aiproxy.upstreams.message_threads import Owners
+from aiproxy.upstreams.shared_state import Alone
 
 ROOT = Path(__file__).parent.parent
 HELLO = [{"role": "user", "content": "Hi"}]
@@ -431,7 +431,7 @@ def test_the_tool_runner_recovers_when_its_account_has_lost_the_thread(upstream,
 def test_the_tool_runner_recovers_when_the_proxy_has_forgotten_the_owner(
     upstream, serve, config_of, tmp_path
 ):
-    app = "import os\nimport aiproxy.upstreams.threads\naiproxy.upstreams.threads.LIFETIME = -1.0\n"
+    app = "import os\nfrom aiproxy.upstreams import message_threads\nmessage_threads.LIFETIME = -1.0\n"
     app += "from aiproxy.app import create_app\nfrom aiproxy.config import load, path_from\n"
     app += "app = create_app(load(path_from(os.environ)))\n"
     directory = tmp_path / "app"

@@ -1,6 +1,6 @@
 """The request's body on its way in: read whole under limits, or read away, as gunicorn has it.
 
-gunicorn's own parser reads the head, from a real socket; its environment goes to `Upload`.
+gunicorn's own parser reads the head, from a real socket; its environment goes to `RequestBody`.
 """
 
 import contextlib
@@ -18,9 +18,9 @@ from gunicorn.http.wsgi import create
 
 from aiproxy.errors import ApiError
 from aiproxy.server import client as client_module
-from aiproxy.server import upload
+from aiproxy.server import request_body as upload
 from aiproxy.server.client import ClientSocket, Serving
-from aiproxy.server.upload import Upload
+from aiproxy.server.request_body import RequestBody
 from aiproxy.transport.wait import Shutdown, Wait
 
 MB = 1024 * 1024
@@ -61,7 +61,7 @@ class Connection:
         address = ("127.0.0.1", 1)
         environ = create(request, self.server, address, address, self._settings)[1]
         environ["gunicorn.socket"] = self.server  # as gunicorn's gthread worker has it
-        return Upload(environ)
+        return RequestBody(environ)
 
     def is_at_its_end(self):
         """Whether nothing that could be a request follows."""
@@ -153,7 +153,7 @@ def test_no_body_is_not_waited_for_nor_read_away(connection):
     read = connection.next_upload()
     began = time.monotonic()
     assert read.read(LIMIT) == b""
-    read.drop()
+    read.discard()
     assert time.monotonic() - began < 0.2
 
 
@@ -163,7 +163,7 @@ def test_what_follows_a_body_is_the_next_request_s(connection, framing):
     second = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 6\r\n\r\nsecond"
     connection.send(spelt(framing, b"first") + second)
     assert read.read(LIMIT) == b"first"
-    read.drop()
+    read.discard()
     assert connection.next_upload().read(LIMIT) == b"second"
 
 
@@ -176,7 +176,7 @@ def test_without_gunicorn_s_socket_it_reads_all_the_same():
             return data
 
     environ = {"wsgi.input": Input(), "CONTENT_LENGTH": "5"}
-    assert Upload(environ).read(LIMIT) == b"hello"
+    assert RequestBody(environ).read(LIMIT) == b"hello"
 
 
 # ------------------------------------------------------------------------------------------- too large
@@ -206,7 +206,7 @@ def test_what_is_left_of_a_too_large_body_is_read_away_and_the_connection_goes_o
     follows = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 4\r\n\r\nnext"
     with meanwhile(lambda: connection.send(spelt(framing, *[b"x" * LIMIT] * 5) + follows)):
         refusal(lambda: read.read(LIMIT))
-        read.drop()
+        read.discard()
     assert connection.next_upload().read(LIMIT) == b"next"
 
 
@@ -224,7 +224,7 @@ def test_a_body_that_falls_silent_is_a_408(connection, monkeypatch, framing, sen
     assert 0.1 <= seconds < 0.4
     # The rest will not come either: nobody waits for it again, and the answer can be sent.
     began = time.monotonic()
-    read.drop()
+    read.discard()
     assert time.monotonic() - began < 0.05
     connection.server.sendall(b"408")
     assert connection.client.recv(9) == b"408"
@@ -238,7 +238,7 @@ def test_an_upload_ends_when_the_worker_stops(connection, framing):
         told, seconds = refusal(lambda: read.read(LIMIT))
     assert (told.status, told.type) == (529, "overloaded_error")
     assert seconds < 0.5
-    read.drop()  # what is left is not read away
+    read.discard()  # what is left is not read away
     connection.server.sendall(b"529")
     assert connection.client.recv(9) == b"529"
 
@@ -267,7 +267,7 @@ def test_a_body_that_breaks_off_is_a_400(connection, framing, way):
     told, seconds = refusal(lambda: read.read(LIMIT))
     assert (told.status, told.type) == (400, "invalid_request_error")
     assert seconds < 0.2
-    read.drop()
+    read.discard()
 
 
 def test_a_badly_chunked_body_is_a_400_and_nothing_after_it_is_read(connection):
@@ -276,7 +276,7 @@ def test_a_badly_chunked_body_is_a_400_and_nothing_after_it_is_read(connection):
     told, _ = refusal(lambda: read.read(LIMIT))
     assert told.status == 400
     began = time.monotonic()
-    read.drop()
+    read.discard()
     assert time.monotonic() - began < 0.05
 
 
@@ -288,7 +288,7 @@ def test_a_refused_body_is_read_away_unseen_and_the_connection_goes_on(connectio
     read = connection.begin(framing, 3 * MB)
     follows = b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 4\r\n\r\nnext"
     with meanwhile(lambda: connection.send(spelt(framing, *[b"x" * MB] * 3) + follows)):
-        read.drop()
+        read.discard()
     assert connection.next_upload().read(LIMIT) == b"next"
 
 
@@ -297,12 +297,12 @@ def test_a_body_that_was_read_is_not_waited_for_again(connection):
     connection.send(b"hello")
     read.read(LIMIT)
     began = time.monotonic()
-    read.drop()
+    read.discard()
     assert time.monotonic() - began < 0.05
 
 
 def test_no_more_than_so_many_bytes_are_thrown_away(connection, monkeypatch):
-    monkeypatch.setattr(upload, "DROP_BYTES", 2 * MB)
+    monkeypatch.setattr(upload, "DISCARD_BYTES", 2 * MB)
     read = connection.begin(size=10**9)
     sent = 0
 
@@ -313,7 +313,7 @@ def test_no_more_than_so_many_bytes_are_thrown_away(connection, monkeypatch):
                 sent += connection.client.send(b"x" * 65536)
 
     with meanwhile(send):
-        read.drop()
+        read.discard()
         connection.server.shutdown(socket.SHUT_RDWR)
         connection.server.close()
     assert 2 * MB <= sent < 16 * MB  # the rest fits into the sockets' buffers
@@ -324,12 +324,12 @@ def test_no_more_than_so_many_bytes_are_thrown_away(connection, monkeypatch):
 def test_a_refused_body_that_trickles_or_stops_is_given_up_and_the_answer_can_be_sent(
     connection, monkeypatch, framing, every
 ):
-    monkeypatch.setattr(upload, "DROP_SECONDS", 0.2)
+    monkeypatch.setattr(upload, "DISCARD_SECONDS", 0.2)
     read = connection.begin(framing, MB)
     trickled = itertools.repeat(spelt(framing, b"x").removesuffix(b"0\r\n\r\n"))
     began = time.monotonic()
     with trickle(connection, trickled if every else [b"1\r\nx"], every or 0):
-        read.drop()
+        read.discard()
         seconds = time.monotonic() - began
         connection.server.sendall(b"529")
         assert connection.client.recv(9) == b"529"
@@ -341,7 +341,7 @@ def test_a_refused_body_whose_client_leaves_is_not_waited_for(connection):
     connection.send(b"x" * 1000)
     connection.client.close()
     began = time.monotonic()
-    read.drop()
+    read.discard()
     assert time.monotonic() - began < 0.2
     assert connection.is_at_its_end()
 
@@ -349,4 +349,4 @@ def test_a_refused_body_whose_client_leaves_is_not_waited_for(connection):
 def test_a_badly_chunked_body_is_thrown_away_without_a_fuss(connection):
     read = connection.begin("chunked")
     connection.send(b"2\r\n{}\r\nzz\r\n")
-    read.drop()
+    read.discard()

@@ -32,7 +32,7 @@ from fakes import (
 from aiproxy.app import create_app
 from aiproxy.config import BreakerSettings, Config, UpstreamSettings
 from aiproxy.errors import ApiError
-from aiproxy.server import upload
+from aiproxy.server import request_body as upload
 
 MB = 1024 * 1024
 ASK = {"model": "claude-x", "max_tokens": 16, "messages": [{"role": "user", "content": "Hi"}]}
@@ -246,7 +246,7 @@ def test_ordinary_clients_see_the_413_of_a_large_upload(proxy, chunked):
     connection.close()
 
 
-class Upload:
+class RequestBody:
     """A `wsgi.input` of so many bytes, that counts what is asked of it."""
 
     def __init__(self, size, pause=0.0):
@@ -266,8 +266,8 @@ class Upload:
 
 @pytest.mark.parametrize("target", ["/v1/messages", "/v1/files"])
 def test_what_is_read_away_is_bounded_in_bytes(monkeypatch, target):
-    monkeypatch.setattr(upload, "DROP_BYTES", 8 * MB)
-    endless = Upload(10**12)
+    monkeypatch.setattr(upload, "DISCARD_BYTES", 8 * MB)
+    endless = RequestBody(10**12)
     response = in_process("demo://answers", max_body_mb=1).post(
         target, environ_overrides={"wsgi.input": endless, "CONTENT_LENGTH": str(10**12)}
     )
@@ -277,8 +277,8 @@ def test_what_is_read_away_is_bounded_in_bytes(monkeypatch, target):
 
 
 def test_what_is_read_away_is_bounded_in_time(monkeypatch):
-    monkeypatch.setattr(upload, "DROP_SECONDS", 0.1)
-    endless = Upload(10**12, pause=0.02)
+    monkeypatch.setattr(upload, "DISCARD_SECONDS", 0.1)
+    endless = RequestBody(10**12, pause=0.02)
     began = time.monotonic()
     response = in_process("demo://answers").post(
         "/v1/messages", environ_overrides={"wsgi.input": endless, "CONTENT_LENGTH": str(10**12)}
@@ -445,7 +445,7 @@ def test_a_bug_of_ours_is_a_500_without_details(monkeypatch, place):
     def bug(*args, **kwargs):
         raise KeyError("sk-secret /srv/aiproxy")
 
-    monkeypatch.setattr(f"aiproxy.server.views.{place}", bug)
+    monkeypatch.setattr(f"aiproxy.server.routes.{place}", bug)
     response = in_process("demo://answers").post("/v1/messages", json=ASK)
     assert response.status_code == 500
     assert response.json["error"]["type"] == "api_error"

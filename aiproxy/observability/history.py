@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import msgspec
 
-from ..api.report import Report
+from ..api.usage import Usage
 
 MINUTES = 60
 #: Failures that are remembered in full.
@@ -160,7 +160,7 @@ class History:
             hour.minute(int(now // 60)).failures += 1
             hour.failures = [Failed(now, _printable(model), _printable(reason)), *hour.failures][:FAILURES]
 
-    def used(self, upstream: str, report: Report) -> None:
+    def used(self, upstream: str, report: Usage) -> None:
         """What an answer says it used."""
         with self._lock:
             self._of(upstream).minute(self._number()).tokens.add(

@@ -165,7 +165,7 @@ def line(level: int, event: str, **fields: Value) -> None:
 
 
 def circuit(upstream: str, state: str, seconds: float | None = None, by: str | None = None) -> None:
-    """A circuit that opened, rests, is tried or closed; `seconds` until the upstream is tried again.
+    """A circuit opened or closed, is tried, or is in backoff; `seconds` until the upstream is tried again.
 
     `by`: who found out, if it was not this process.
     """

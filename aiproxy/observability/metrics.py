@@ -18,7 +18,7 @@ from prometheus_client.multiprocess import MultiProcessCollector, mark_process_d
 from prometheus_client.registry import Collector
 
 from .. import __version__
-from ..api.report import Report
+from ..api.usage import Usage
 
 #: Models that no configuration names and that are yet counted by name, for each process.
 STRANGERS = 50
@@ -33,7 +33,7 @@ _KINDS = {
 }
 _UNKNOWN, _OTHER = "unknown", "other"
 _DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
-_CIRCUIT_STATES = ("closed", "half_open", "resting", "open", "draining")
+_CIRCUIT_STATES = ("closed", "half_open", "backoff", "open", "draining")
 _RELOADS = "aiproxy_reloads_total"
 _FIRST_BYTE = (0.1, 0.25, 0.5, 1, 1.5, 2, 3, 5, 7.5, 10, 15, 20, 30, 45, 60, 90, 120)
 _ANSWER = (0.5, 1, 2, 3, 5, 7.5, 10, 15, 20, 30, 45, 60, 90, 120, 180, 300, 450, 600)
@@ -101,7 +101,7 @@ class Metrics:
                 histogram = self._first_bytes[upstream] = self._first_byte.labels(_clean(upstream))
             histogram.observe(first_byte)
 
-    def client_tokens(self, client: str | None, model: str, outcome: str, report: Report) -> None:
+    def client_tokens(self, client: str | None, model: str, outcome: str, report: Usage) -> None:
         """The tokens of one exchange; the labels are those of `request`."""
         label = model if model in self._models else self._stranger(model, outcome)
         counters = self._client_counters.get((client, label))
@@ -123,7 +123,7 @@ class Metrics:
             self._request_counters[label, outcome, client] = counter
         counter.inc()
 
-    def answer(self, upstream: str, seconds: float, report: Report) -> None:
+    def answer(self, upstream: str, seconds: float, report: Usage) -> None:
         """An answer that an upstream gave: seconds in all and the tokens that it says it used."""
         figures = self._answers.get(upstream)
         if figures is None:
@@ -163,7 +163,7 @@ class Metrics:
         """Body and content type of the answer to Prometheus."""
         return generate_latest(self._shown), CONTENT_TYPE_PLAIN_0_0_4
 
-    def told(self, machine: str) -> bytes:
+    def encoded(self, machine: str) -> bytes:
         """The same for `exposition_of`, with the name of the machine."""
         families = [
             Family(

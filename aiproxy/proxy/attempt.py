@@ -13,10 +13,10 @@ from collections.abc import Iterator
 import msgspec
 
 from ..api import MESSAGES, sse
+from ..api.accumulate import Accumulator, Malformed
 from ..api.body import members, text
-from ..api.collect import Collector, Malformed
 from ..api.headers import Pairs, media_type, seconds_of, to_client, to_upstream, value_of
-from ..api.report import Report
+from ..api.usage import Usage
 from ..config import Timeouts
 from ..errors import error_body, type_of_status
 from ..observability import logs
@@ -93,7 +93,7 @@ class Attempt:
 
     def __init__(self, tools: Tools, candidate: Candidate, request: Request) -> None:
         self.upstream = candidate.upstream
-        self.report = Report()
+        self.usage = Usage()
         self.status: int | None = None
         self.upstream_request_id: str | None = None
         self.first_byte: float | None = None  # seconds from the attempt's start to the answer's head
@@ -104,7 +104,7 @@ class Attempt:
         self._candidate = candidate
         self._asks_for_message = asks_for_message = request.path == MESSAGES
         must_stream = candidate.upstream.settings.must_stream and asks_for_message
-        self._collects = must_stream and not request.body.stream
+        self._accumulates = must_stream and not request.body.stream
         self._streams = must_stream or (request.body.stream and asks_for_message)
         self._wait = request.wait
         self._began = time.monotonic()
@@ -165,7 +165,7 @@ class Attempt:
             return self._wrong_type(response, kind)
         if not self._streams:
             return self._whole(response)
-        return self._collected(response) if self._collects else self._stream(response)
+        return self._accumulated(response) if self._accumulates else self._stream(response)
 
     def _send(self) -> Response:
         """Send the request; once more on a fresh connection if a kept one turns out to be dead."""
@@ -200,14 +200,14 @@ class Attempt:
             return self._error(None, body, response.headers)
         if self._asks_for_message and text(message.get("type", b"")) != "message":
             return Failure(Fault.NO_ANSWER, "the body is not a Message", body=body[:_SAMPLE])
-        self.report.note_answer(message)
+        self.usage.note_answer(message)
         return Answer(response.status, to_client(response.headers, response.is_decoded), body)
 
-    def _collected(self, response: Response) -> Answer | Failure:
+    def _accumulated(self, response: Response) -> Answer | Failure:
         """`must_stream`: read the whole event stream and answer with the Message it spells."""
         self._wait.expect(self._tools.timeouts.idle)
         betas = value_of(self._request.headers, "anthropic-beta") or ""
-        collector = Collector(partial_strings=_PARTIAL_STRINGS in betas)
+        accumulator = Accumulator(partial_strings=_PARTIAL_STRINGS in betas)
         framer = sse.Framer(pass_on=False)
         try:
             pieces = response.pieces()
@@ -217,18 +217,18 @@ class Attempt:
                     self._wait.renew()
                 for event in sse.parse(block):
                     self._wait.check()  # accumulating takes time, and the total counts it
-                    collector.feed(event)
+                    accumulator.feed(event)
                     if event.name in (b"message_start", b"message_delta"):
-                        self.report.note_event(event.name, event.data)
-                if collector.error is not None:
-                    return self._error_event(collector.error, response.headers)
-                if collector.complete:
+                        self.usage.note_event(event.name, event.data)
+                if accumulator.error is not None:
+                    return self._error_event(accumulator.error, response.headers)
+                if accumulator.complete:
                     self._await_end(pieces)
                     break
-            message = collector.message()
+            message = accumulator.message()
         except Malformed as malformed:
             return Failure(Fault.NO_ANSWER, f"no Message: {malformed}")
-        if collector.repaired:
+        if accumulator.repaired:
             logs.line(logging.WARNING, "repaired", id=self._request.id, what="a tool input that was cut off")
         headers = [
             pair for pair in to_client(response.headers, response.is_decoded) if pair[0] != "content-type"
@@ -265,7 +265,7 @@ class Attempt:
                 return Failure(Fault.NO_ANSWER, detail, body=content.data[:_SAMPLE])
             is_late = time.monotonic() - self._began > PATIENCE
             if content is not None or framer.partial or is_late:
-                stream = Stream(self._wait, response, pieces, held, framer, self.report)
+                stream = Stream(self._wait, response, pieces, held, framer, self.usage)
                 return self._commit(response, stream)
         return Failure(Fault.NO_ANSWER, "the stream ended before its first content")
 

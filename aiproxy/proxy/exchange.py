@@ -25,7 +25,7 @@ from ..policy import (
     status_of_type,
 )
 from ..upstreams.balancer import Candidate
-from ..upstreams.threads import Owners, uses_thread
+from ..upstreams.message_threads import Owners, uses_thread
 from ..upstreams.upstream import Upstream
 from .attempt import Answer, Attempt, Failure, error_body_of
 from .journal import Done, Journal
@@ -235,7 +235,7 @@ class Exchange:
 
     def _note_owner(self, attempt: Attempt) -> None:
         """Note which upstream made a thread's message, before the client can continue it."""
-        message_id, request = attempt.report.message_id, self.request
+        message_id, request = attempt.usage.message_id, self.request
         if message_id is not None and request.path == MESSAGES and uses_thread(request.body):
             self._owners.note(message_id, attempt.upstream.name)
 

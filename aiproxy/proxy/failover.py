@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from ..errors import ApiError
 from ..upstreams.affinity import key_of, rank
 from ..upstreams.balancer import Balancer, Candidate
-from ..upstreams.threads import Owners, continued_message
+from ..upstreams.message_threads import Owners, continued_message
 from ..upstreams.upstream import Upstream
 from .attempt import Answer, Attempt, Tools
 from .exchange import Exchange, Reply

@@ -9,7 +9,7 @@ import time
 import msgspec
 
 from ..api import MESSAGES
-from ..api.report import Report
+from ..api.usage import Usage
 from ..errors import ApiError
 from ..observability.history import History
 from ..observability.logs import FIELD, Redactor
@@ -88,7 +88,7 @@ class Journal:
 
     def done(self, request: Request, attempt: Attempt | None, done: Done) -> None:
         """A request is over; `attempt` is the one whose answer, or whose error, the client got."""
-        report = attempt.report if attempt is not None else Report()
+        usage = attempt.usage if attempt is not None else Usage()
         seconds = time.monotonic() - request.began
         self.redactor.line(
             logging.INFO if done.outcome in (Outcome.COMPLETE, Outcome.CLIENT_LEFT) else logging.WARNING,
@@ -104,10 +104,10 @@ class Journal:
             bytes=done.bytes,
             seconds=seconds,
             detail=done.detail,
-            input_tokens=report.input_tokens,
-            output_tokens=report.output_tokens,
-            cache_read_tokens=report.cache_read_input_tokens,
-            cache_write_tokens=report.cache_creation_input_tokens,
+            input_tokens=usage.input_tokens,
+            output_tokens=usage.output_tokens,
+            cache_read_tokens=usage.cache_read_input_tokens,
+            cache_write_tokens=usage.cache_creation_input_tokens,
             upstream_request_id=attempt.upstream_request_id if attempt is not None else None,
         )
         if request.path == MESSAGES:
@@ -127,9 +127,9 @@ class Journal:
             self._metrics.stream_ended()
         if attempt is None or done.outcome is Outcome.ERROR:
             return
-        self._metrics.answer(attempt.upstream.name, seconds, attempt.report)
-        self._metrics.client_tokens(request.client, request.body.model, done.outcome.value, attempt.report)
-        self._history.used(attempt.upstream.name, attempt.report)
+        self._metrics.answer(attempt.upstream.name, seconds, attempt.usage)
+        self._metrics.client_tokens(request.client, request.body.model, done.outcome.value, attempt.usage)
+        self._history.used(attempt.upstream.name, attempt.usage)
         if done.outcome in _BROKEN:
             self._remember(request, attempt, f"{_BROKEN[done.outcome]} {done.detail or ''}")
 

@@ -7,7 +7,7 @@ import msgspec
 from ..api.body import Body
 from ..api.headers import value_of
 from ..transport.wait import Wait
-from ..upstreams.threads import continued_message
+from ..upstreams.message_threads import continued_message
 
 # Only one account has it: another one can only refuse the request.
 _FILE = re.compile(rb'"file_id"\s*:\s*"')

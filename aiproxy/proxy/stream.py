@@ -10,8 +10,8 @@ from collections import deque
 from collections.abc import Iterator
 from itertools import chain
 
-from ..api.report import Report
 from ..api.sse import EventTooLarge, Framer, encode, parse
+from ..api.usage import Usage
 from ..errors import error_body
 from ..policy import Fault
 from ..transport.failures import TransportError
@@ -52,7 +52,7 @@ class Stream:
         pieces: Iterator[bytes],
         held: deque[bytes],
         framer: Framer,
-        report: Report,
+        usage: Usage,
     ) -> None:
         """`held` was read before the commit point and goes first; `pieces` goes on from there."""
         self.error: bytes | None = None  # the data of an error event that went by
@@ -63,7 +63,7 @@ class Stream:
         self._pieces = pieces
         self._held = held
         self._framer = framer
-        self._report = report
+        self._usage = usage
         self._break: Outcome | None = None
 
     @property
@@ -126,7 +126,7 @@ class Stream:
             elif event.name == b"error":
                 self.error = None if self.has_stopped else event.data
             else:
-                self._report.note_event(event.name, event.data)
+                self._usage.note_event(event.name, event.data)
 
     def _note_break(self, outcome: Outcome, detail: str) -> None:
         if not self.has_stopped:

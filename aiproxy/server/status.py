@@ -22,7 +22,7 @@ class Row(msgspec.Struct, frozen=True):
 
     name: str
     host: str
-    state: str  # the circuit's (closed, half_open, resting, open), or draining
+    state: str  # the circuit's (closed, half_open, open, backoff), or draining
     circuit: str  # the circuit's in any case
     tried_again_in: float  # seconds; 0 where it is in use
     failures_in_a_row: int

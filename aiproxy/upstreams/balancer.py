@@ -113,8 +113,8 @@ class Candidate:
         if change is None:
             return
         if change.is_news:
-            logs.circuit(self.upstream.name, change.state, change.seconds)
-        self.upstream.shared.tell(change, permit)
+            logs.circuit(self.upstream.name, change.event, change.seconds)
+        self.upstream.shared.report(change, permit)
 
 
 class Balancer:

@@ -9,9 +9,18 @@ and send it to other processes, because nothing may be logged or sent under the 
 
 import threading
 from collections.abc import Callable
-from enum import Enum
+from enum import Enum, StrEnum
 
 import msgspec
+
+
+class CircuitState(StrEnum):
+    """How a circuit is; the words of the log, the metrics and the status page."""
+
+    CLOSED = "closed"
+    HALF_OPEN = "half_open"
+    OPEN = "open"
+    BACKOFF = "backoff"  # the upstream asked for a pause
 
 
 class Pass(Enum):
@@ -39,27 +48,33 @@ class Outcome(Enum):
     IGNORED = "ignored"  # the client left, or the failure is not about the upstream
 
 
+class Event(StrEnum):
+    """What happened to a circuit."""
+
+    OPENED = "open"
+    CLOSED = "closed"
+    BACKED_OFF = "backoff"
+    FAILED = "failed"  # a failure was counted
+    RECOVERED = "recovered"  # the count is zero again
+    RETURNED = "returned"  # a trial was given back undecided
+
+
 class Change(msgspec.Struct, frozen=True):
-    """What a result changed.
+    """What a result changed."""
 
-    A circuit is `open`, `closed` or `resting` from now on, which people want to know. A failure was counted
-    (`failed`), the count is zero again (`recovered`), a trial was given back undecided (`returned`): that is
-    for other processes alone.
-    """
-
-    state: str
+    event: Event
     seconds: float = 0.0  # until the upstream is tried again
 
     @property
     def is_news(self) -> bool:
-        """Whether people want to know."""
-        return self.state in ("open", "closed", "resting")
+        """Whether it is logged; the other events are for other processes only."""
+        return self.event in (Event.OPENED, Event.CLOSED, Event.BACKED_OFF)
 
 
 class Circuit(msgspec.Struct, frozen=True):
     """How a circuit is at one moment."""
 
-    state: str  # closed, resting, open, half_open
+    state: CircuitState
     seconds: float = 0.0  # until the upstream is tried again
     failures: int = 0  # in a row
 
@@ -69,7 +84,7 @@ class View(msgspec.Struct, frozen=True):
 
     failures: int = 0
     open_for: float | None = None  # None: closed; 0: half-open
-    rest_for: float = 0.0
+    backoff_for: float = 0.0
     trial_for: float = 0.0  # another process's trial runs, for at most so long
 
 
@@ -88,7 +103,7 @@ class Breaker:
         self._latest_success = 0
         self._generation = 0
         self._open_until: float | None = None
-        self._rest_until = 0.0
+        self._backoff_until = 0.0
         self._trial_running = False
         self._trial_elsewhere_until = 0.0
 
@@ -100,7 +115,7 @@ class Breaker:
     def due(self) -> float:
         """The clock's time from which the upstream may be tried again; past where it is usable."""
         with self._lock:
-            return max(self._open_until or 0.0, self._rest_until)
+            return max(self._open_until or 0.0, self._backoff_until)
 
     @property
     def is_open(self) -> bool:
@@ -112,12 +127,13 @@ class Breaker:
         with self._lock:
             now = self.clock()
             open_for = (self._open_until or now) - now
-            rest_for = self._rest_until - now
+            backoff_for = self._backoff_until - now
             if open_for > 0:
-                return Circuit("open", max(open_for, rest_for), self._failures)
-            if rest_for > 0:
-                return Circuit("resting", rest_for, self._failures)
-            return Circuit("closed" if self._open_until is None else "half_open", 0.0, self._failures)
+                return Circuit(CircuitState.OPEN, max(open_for, backoff_for), self._failures)
+            if backoff_for > 0:
+                return Circuit(CircuitState.BACKOFF, backoff_for, self._failures)
+            state = CircuitState.CLOSED if self._open_until is None else CircuitState.HALF_OPEN
+            return Circuit(state, 0.0, self._failures)
 
     def view(self) -> View:
         """What another process is to know; its own trial is not in it."""
@@ -126,15 +142,15 @@ class Breaker:
             return View(
                 failures=self._failures,
                 open_for=None if self._open_until is None else max(0.0, self._open_until - now),
-                rest_for=max(0.0, self._rest_until - now),
+                backoff_for=max(0.0, self._backoff_until - now),
             )
 
     def follow(self, view: View) -> Change | None:
         """Take over what all processes together know. What this one knew besides is forgotten."""
         with self._lock:
             now = self.clock()
-            was_open, was_resting = self._open_until is not None, now < self._rest_until
-            is_open, is_resting = view.open_for is not None, view.rest_for > 0
+            was_open, was_in_backoff = self._open_until is not None, now < self._backoff_until
+            is_open, is_in_backoff = view.open_for is not None, view.backoff_for > 0
             if was_open != is_open:
                 self._generation += 1
                 self._trial_running = False
@@ -143,11 +159,13 @@ class Breaker:
                 self._latest_failure = self._sequence
             self._failures = view.failures
             self._open_until = None if view.open_for is None else now + min(view.open_for, self.cooldown)
-            self._rest_until = now + min(view.rest_for, self.cooldown)
+            self._backoff_until = now + min(view.backoff_for, self.cooldown)
             self._trial_elsewhere_until = now + view.trial_for
             if is_open != was_open:
-                return Change("open", view.open_for or 0.0) if is_open else Change("closed")
-            return Change("resting", view.rest_for) if is_resting and not was_resting else None
+                return Change(Event.OPENED, view.open_for or 0.0) if is_open else Change(Event.CLOSED)
+            return (
+                Change(Event.BACKED_OFF, view.backoff_for) if is_in_backoff and not was_in_backoff else None
+            )
 
     def defer(self, permit: Permit, seconds: float) -> None:
         """Give a trial back that another process has; none begins here for `seconds`."""
@@ -156,17 +174,17 @@ class Breaker:
             self._trial_elsewhere_until = max(self._trial_elsewhere_until, self.clock() + seconds)
 
     def close(self) -> Change | None:
-        """Close the circuit by hand, and end a rest; what is under way decides nothing any more."""
+        """Close the circuit by hand, and end a backoff; what is under way decides nothing any more."""
         with self._lock:
             return self._close()
 
     def configure(self, failures: int, cooldown: float) -> None:
-        """Take new settings; what is open or rests does so no longer than the new cooldown from now."""
+        """Take new settings; nothing stays open, or in backoff, for longer than the new cooldown from now."""
         with self._lock:
             self.threshold = failures
             self.cooldown = cooldown
             latest = self.clock() + cooldown
-            self._rest_until = min(self._rest_until, latest)
+            self._backoff_until = min(self._backoff_until, latest)
             if self._open_until is not None:
                 self._open_until = min(self._open_until, latest)
 
@@ -212,14 +230,14 @@ class Breaker:
             returned = self._settle(permit, Outcome.IGNORED)
             seconds = min(seconds, self.cooldown)
             until = self.clock() + seconds
-            if permit.kind is Pass.LAST_RESORT or not current or until <= self._rest_until:
+            if permit.kind is Pass.LAST_RESORT or not current or until <= self._backoff_until:
                 return returned
-            self._rest_until = until
-            return Change("resting", seconds) if seconds else returned
+            self._backoff_until = until
+            return Change(Event.BACKED_OFF, seconds) if seconds else returned
 
     def _usable(self) -> bool:
         now = self.clock()
-        if now < self._rest_until:
+        if now < self._backoff_until:
             return False
         if self._open_until is None:
             return True
@@ -240,17 +258,17 @@ class Breaker:
             return self._failed(permit)
         if outcome is Outcome.SUCCESS:
             return self._succeeded(permit)
-        return Change("returned") if permit.kind is Pass.TRIAL else None
+        return Change(Event.RETURNED) if permit.kind is Pass.TRIAL else None
 
     def _failed(self, permit: Permit) -> Change | None:
         self._sequence += 1
         self._latest_failure = self._sequence
         self._failures += 1
         if permit.kind is Pass.ORDINARY and self._failures < self.threshold:
-            return Change("failed")
+            return Change(Event.FAILED)
         self._generation += 1
         self._open_until = self.clock() + self.cooldown
-        return Change("open", self.cooldown)
+        return Change(Event.OPENED, self.cooldown)
 
     def _succeeded(self, permit: Permit) -> Change | None:
         self._sequence += 1
@@ -260,14 +278,14 @@ class Breaker:
         if not self._failures or permit.began < self._latest_failure:
             return None
         self._failures = 0
-        return Change("recovered")
+        return Change(Event.RECOVERED)
 
     def _close(self) -> Change | None:
-        was_open = self._open_until is not None or self.clock() < self._rest_until
+        was_open = self._open_until is not None or self.clock() < self._backoff_until
         self._generation += 1
         self._failures = 0
         self._open_until = None
-        self._rest_until = 0.0
+        self._backoff_until = 0.0
         self._trial_running = False
         self._trial_elsewhere_until = 0.0
-        return Change("closed") if was_open else None
+        return Change(Event.CLOSED) if was_open else None

@@ -4,12 +4,12 @@
 -- look:      KEYS  each circuit's hash, last the sorted set of workers by when they looked;  ARGV  'look', worker
 -- a change:  KEYS  the hash;  ARGV  what happened, its figures, the upstream's id, the channel
 --
--- Answers are views: version (0: nothing is known), failures, is_open, open_for, rest_for, drained, trial,
+-- Answers are views: version (0: nothing is known), failures, is_open, open_for, backoff_for, drained, trial,
 -- trial_for, granted. A version is larger than all before it, so that of two views one is known for the later.
 
 local FORGOTTEN = 8 * 24 * 3600 * 1000 -- after so long without a word of an upstream
 local GONE = 10 * 1000 -- a worker that did not look for so long
-local FIELDS = { 'version', 'failures', 'open', 'rest', 'drained', 'trial', 'lease' }
+local FIELDS = { 'version', 'failures', 'open', 'backoff', 'drained', 'trial', 'lease' }
 
 local clock = redis.call('TIME')
 local now = clock[1] * 1000 + math.floor(clock[2] / 1000)
@@ -31,7 +31,7 @@ local function view(circuit, granted)
     return math.max(0, time - now)
   end
   return {
-    circuit.version, circuit.failures, circuit.open > 0 and 1 or 0, left(circuit.open), left(circuit.rest),
+    circuit.version, circuit.failures, circuit.open > 0 and 1 or 0, left(circuit.open), left(circuit.backoff),
     circuit.drained, circuit.trial, left(circuit.lease), granted and 1 or 0
   }
 end
@@ -73,8 +73,8 @@ end
 
 function happened.closed(circuit)
   -- Also where nothing is known: what others remember must not open it again.
-  local changed = circuit.version == 0 or circuit.failures > 0 or circuit.open > 0 or circuit.rest > now
-  circuit.failures, circuit.open, circuit.rest, circuit.trial, circuit.lease = 0, 0, 0, '', 0
+  local changed = circuit.version == 0 or circuit.failures > 0 or circuit.open > 0 or circuit.backoff > now
+  circuit.failures, circuit.open, circuit.backoff, circuit.trial, circuit.lease = 0, 0, 0, '', 0
   return changed
 end
 
@@ -93,11 +93,11 @@ function happened.returned(circuit, token)
   return changed
 end
 
--- Of several rests the one that ends last holds.
-function happened.resting(circuit, token, seconds)
+-- Of several backoffs the one that ends last holds.
+function happened.backed_off(circuit, token, seconds)
   local changed = happened.returned(circuit, token)
-  if now + seconds > circuit.rest then
-    circuit.rest, changed = now + seconds, true
+  if now + seconds > circuit.backoff then
+    circuit.backoff, changed = now + seconds, true
   end
   return changed
 end
@@ -107,7 +107,7 @@ function happened.trial(circuit, token, lease)
   if circuit.version == 0 then
     circuit.open = now
   end
-  local free = circuit.open > 0 and circuit.open <= now and circuit.rest <= now and circuit.trial == ''
+  local free = circuit.open > 0 and circuit.open <= now and circuit.backoff <= now and circuit.trial == ''
   if free then
     circuit.trial, circuit.lease = token, now + lease
   end
@@ -117,8 +117,8 @@ end
 -- The cooldown has become shorter, perhaps.
 function happened.limited(circuit, cooldown)
   local latest = now + cooldown
-  local changed = circuit.open > latest or circuit.rest > latest
-  circuit.open, circuit.rest = math.min(circuit.open, latest), math.min(circuit.rest, latest)
+  local changed = circuit.open > latest or circuit.backoff > latest
+  circuit.open, circuit.backoff = math.min(circuit.open, latest), math.min(circuit.backoff, latest)
   return changed
 end
 
@@ -136,13 +136,13 @@ function happened.drained(circuit, draining)
 end
 
 -- What a process remembers of a circuit, where this server was restarted empty; open_for is -1 if closed.
-function happened.restored(circuit, failures, open_for, rest_for, drained)
+function happened.restored(circuit, failures, open_for, backoff_for, drained)
   if circuit.version > 0 then
     return false
   end
   circuit.failures, circuit.drained = tonumber(failures), tonumber(drained)
   circuit.open = tonumber(open_for) >= 0 and now + open_for or 0
-  circuit.rest = now + rest_for
+  circuit.backoff = now + backoff_for
   return true
 end
 

@@ -27,9 +27,9 @@ from redis.retry import Retry
 
 from ..config import StateUrl
 from ..observability import logs
-from .breaker import Change, Pass, Permit, View
-from .state import Answers, Heard, Sharing
-from .threads import LIFETIME
+from .breaker import Change, Event, Pass, Permit, View
+from .message_threads import LIFETIME
+from .shared_state import Answers, Replies, Sharing
 
 #: Seconds between two looks at the whole, and between two tries to reach the server.
 LOOK = 1.0
@@ -65,7 +65,7 @@ class _Seen(msgspec.Struct, frozen=True, array_like=True):
     failures: int
     is_open: int
     open_for: int
-    rest_for: int
+    backoff_for: int
     drained: int
     trial: str
     trial_for: int
@@ -75,7 +75,7 @@ class _Seen(msgspec.Struct, frozen=True, array_like=True):
         """As a breaker takes it."""
         elsewhere = self.trial_for if self.trial not in own_trials else 0
         open_for = self.open_for / 1000 if self.is_open else None
-        return View(self.failures, open_for, self.rest_for / 1000, elsewhere / 1000)
+        return View(self.failures, open_for, self.backoff_for / 1000, elsewhere / 1000)
 
 
 class _Name(msgspec.Struct, frozen=True):
@@ -204,11 +204,11 @@ class RedisState:
         replies = self._replies(("GET", _owner_key(message_id)), limit=LEAVE_WAIT)
         return replies[0] if replies else None
 
-    def ask(self, question: str, once_a_server: bool = False) -> Heard:
+    def ask(self, question: str, once_a_server: bool = False) -> Replies:
         """See `State`. Takes half a second where somebody is silent."""
         found = self._replies(("ZRANGE", _WORKERS, 0, -1))
         if found is None:
-            return Heard(problem=self._problem or "the server does not answer")
+            return Replies(problem=self._problem or "the server does not answer")
         others = {name: _Name.of(name) for name in found[0] if _Name.of(name) is not None}
         if once_a_server:
             last = {(each.server, each.master): name for name, each in others.items() if each}
@@ -217,7 +217,7 @@ class RedisState:
         others.pop(self.name, None)
         answers = self._asked(question, list(others)) if others else {}
         heard = {str(each): answers.get(name, "").encode() for name, each in others.items()}
-        return Heard(heard, problem=self._deaf)
+        return Replies(heard, problem=self._deaf)
 
     def _asked(self, question: str, others: list[str]) -> dict[str, str]:
         """The answers by who gave them."""
@@ -500,20 +500,20 @@ class _Circuit:
             seen = answer.result()
         return token if seen is None or seen.granted else None
 
-    def tell(self, change: Change, permit: Permit | None = None) -> None:
+    def report(self, change: Change, permit: Permit | None = None) -> None:
         """See `Shared`."""
         breaker = self._upstream.breaker
         with self._lock:
             trial = self._trial
             if permit is None or permit.kind is Pass.TRIAL:
                 self._trial, self._held = "", ("", 0.0)
-        if change.state == "closed":
+        if change.event is Event.CLOSED:
             self._close()
-        elif change.state == "resting":
-            self._send("resting", trial, _ms(change.seconds))
-        elif change.state == "recovered":
+        elif change.event is Event.BACKED_OFF:
+            self._send("backed_off", trial, _ms(change.seconds))
+        elif change.event is Event.RECOVERED:
             self._send("recovered")
-        elif change.state == "returned":
+        elif change.event is Event.RETURNED:
             self._send("returned", trial)
         elif permit is not None and permit.kind is Pass.TRIAL:
             self._send("reopened", trial, _ms(breaker.cooldown))
@@ -570,7 +570,7 @@ class _Circuit:
         """Tell a server that was restarted empty; any other knows better."""
         view = self._upstream.breaker.view()
         open_for = -1 if view.open_for is None else _ms(view.open_for)
-        self._send("restored", view.failures, open_for, _ms(view.rest_for), int(self._upstream.draining))
+        self._send("restored", view.failures, open_for, _ms(view.backoff_for), int(self._upstream.draining))
 
     def heard(self, seen: _Seen) -> None:
         """What another process, or this one, made of it."""
@@ -624,7 +624,7 @@ class _Circuit:
             change = upstream.breaker.follow(seen.view(self._trial, self._held[0]))
             was_draining, upstream.draining = upstream.draining, bool(seen.drained)
         if change is not None:
-            logs.circuit(upstream.name, change.state, change.seconds, by="another process")
+            logs.circuit(upstream.name, change.event, change.seconds, by="another process")
         if was_draining != upstream.draining:
             action = "drain" if upstream.draining else "resume"
             logs.line(logging.WARNING, "status", upstream=upstream.name, action=action, by="another process")

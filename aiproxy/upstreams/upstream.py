@@ -9,7 +9,7 @@ from ..config import UpstreamSettings
 from .breaker import Breaker
 from .models import ModelStates
 from .refusals import Refusals
-from .state import Shared, Unshared
+from .shared_state import Shared, Unshared
 
 #: The settings that make an upstream another one; a new key may end what kept the old one failing.
 _ACCOUNT = ("name", "base_url", "token", "auth", "headers", "proxy", "ca_bundle")

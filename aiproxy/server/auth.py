@@ -1,11 +1,11 @@
-"""Who may ask: the clients' keys, compared in constant time."""
+"""The clients' keys, compared in constant time."""
 
 import hashlib
 import hmac
 from collections.abc import Iterable, Mapping
 
 
-class Keys:
+class ClientKeys:
     """The configured client keys; none configured lets everyone in. Keeps digests only, never a key."""
 
     def __init__(self, keys: Mapping[str, str]) -> None:

@@ -17,7 +17,7 @@ class Shared(Protocol):
     def may_try(self, permit: Permit) -> bool:
         """Whether the trial that this permit allows may begin: if not, the permit has been given back."""
 
-    def tell(self, change: Change, permit: Permit | None = None) -> None:
+    def report(self, change: Change, permit: Permit | None = None) -> None:
         """Its circuit changed here, by an attempt with that permit or by hand."""
 
     def drain(self, draining: bool) -> None:
@@ -31,7 +31,7 @@ class Unshared:
         """Nobody else tries it."""
         return True
 
-    def tell(self, change: Change, permit: Permit | None = None) -> None:
+    def report(self, change: Change, permit: Permit | None = None) -> None:
         """There is nobody to tell."""
 
     def drain(self, draining: bool) -> None:
@@ -51,7 +51,7 @@ class Sharing(Protocol):
         """The same in all processes that mean the same account."""
 
 
-class Heard(msgspec.Struct, frozen=True):
+class Replies(msgspec.Struct, frozen=True):
     """What other processes answered, by what people call them; nothing where one did not answer."""
 
     answers: dict[str, bytes] = {}
@@ -83,7 +83,7 @@ class State(Protocol):
     def owner(self, message_id: str) -> str | None:
         """The name of the upstream that made the message, if any process knows."""
 
-    def ask(self, question: str, once_a_server: bool = False) -> Heard:
+    def ask(self, question: str, once_a_server: bool = False) -> Replies:
         """What the other processes answer; of each other server only one of them, where that is enough."""
 
 
@@ -108,6 +108,6 @@ class Alone:
         """Nobody else knows."""
         return None
 
-    def ask(self, question: str, once_a_server: bool = False) -> Heard:
+    def ask(self, question: str, once_a_server: bool = False) -> Replies:
         """Nobody answers."""
-        return Heard()
+        return Replies()

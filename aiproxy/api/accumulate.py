@@ -23,7 +23,7 @@ class Malformed(Exception):
     """The stream spells no Message. Says why in few words, and none of them from the conversation."""
 
 
-class Collector:
+class Accumulator:
     """Takes the events of one stream, in order. After `Malformed` it is of no further use.
 
     `partial_strings` says what a tool input that was cut off keeps of its last, unfinished string: the

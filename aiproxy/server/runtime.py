@@ -28,13 +28,13 @@ from ..transport.connection import credentials
 from ..transport.session import Transport
 from ..transport.wait import Shutdown, Wait
 from ..upstreams.balancer import Balancer
-from ..upstreams.breaker import Breaker, Change
-from ..upstreams.state import State
-from ..upstreams.threads import Owners
+from ..upstreams.breaker import Breaker, Change, CircuitState, Event
+from ..upstreams.message_threads import Owners
+from ..upstreams.shared_state import State
 from ..upstreams.upstream import Upstream
+from .auth import ClientKeys
 from .client import Serving
-from .gate import SPARE, Gate
-from .keys import Keys
+from .limits import SPARE, InFlight
 from .models import Models
 from .reload import Follower, LastGood, Start, changes
 from .status import Snapshot, Status, put_together, rows
@@ -51,10 +51,10 @@ class Runtime(msgspec.Struct, frozen=True):
     failover: Failover
     owners: Owners
     models: Models
-    keys: Keys
+    keys: ClientKeys
     journal: Journal
-    gate: Gate
-    drains: Gate  # how many refused bodies are read away at a time, beside the requests in flight
+    in_flight: InFlight
+    discards: InFlight  # how many refused bodies are read away at a time, beside the requests in flight
     shutdown: Shutdown
 
 
@@ -76,9 +76,9 @@ class Service:
         self._transport = Transport(config.timeouts.connect)
         self._state = state
         self._owners = Owners(clock, state)
-        self._gate = Gate(config.max_in_flight)
-        self._gate.serve_with(DEFAULT_THREADS)
-        self._drains = Gate(SPARE // 2)
+        self._in_flight = InFlight(config.max_in_flight)
+        self._in_flight.set_threads(DEFAULT_THREADS)
+        self._discards = InFlight(SPARE // 2)
         self._addresses: list[Any] = []
         self._server = _server_name([])
         self._follower: Follower | None = None
@@ -93,7 +93,7 @@ class Service:
 
     def serve(self, threads: int, addresses: list[Any]) -> None:
         """`threads`: how many the server has for requests; `addresses`: those of its listening sockets."""
-        self._gate.serve_with(threads)
+        self._in_flight.set_threads(threads)
         self._addresses = addresses
         self._server = _server_name(addresses)
         self._state.start(self._server, {"status": self._encoded_snapshot, "metrics": self._encoded_metrics})
@@ -112,7 +112,7 @@ class Service:
         check_addresses(config, self._addresses)
         old = self.runtime
         self._transport.connect_timeout = config.timeouts.connect
-        self._gate.configure(config.max_in_flight)
+        self._in_flight.configure(config.max_in_flight)
         staying = {upstream.name: upstream for upstream in old.balancer.upstreams}
         self.runtime = self._built(config, staying, old.balancer.cursor)
         self._transport.keep_only(
@@ -146,12 +146,14 @@ class Service:
             return "aiproxy is stopping"
         taking = [upstream for upstream in self.runtime.balancer.upstreams if not upstream.draining]
         circuits = [upstream.breaker.circuit() for upstream in taking]
-        if any(circuit.state in ("closed", "half_open") for circuit in circuits):
+        if any(circuit.state in (CircuitState.CLOSED, CircuitState.HALF_OPEN) for circuit in circuits):
             return None
         if not circuits:
             return "every upstream is being drained"
         soonest = min(circuit.seconds for circuit in circuits)
-        return f"no upstream is usable: all circuits are open or resting, the first for {soonest:.0f} s more"
+        return (
+            f"no upstream is usable: all circuits are open or in backoff, the first for {soonest:.0f} s more"
+        )
 
     def status(self) -> Status:
         """Everything that the status page shows, of all workers where they can be asked."""
@@ -195,7 +197,7 @@ class Service:
         if action == "close":
             found.reset()
             logs.circuit(upstream, "closed")
-            found.shared.tell(Change("closed"))
+            found.shared.report(Change(Event.CLOSED))
         else:
             found.draining = action == "drain"
             found.shared.drain(found.draining)
@@ -229,7 +231,7 @@ class Service:
             version=__version__,
             configuration=self.digest,
             began=self.began,
-            in_flight=self._gate.inside,
+            in_flight=self._in_flight.count,
             hours=self.history.hours(),
         )
 
@@ -238,7 +240,7 @@ class Service:
 
     def _encoded_metrics(self) -> bytes:
         self.update_gauges()
-        return self.metrics.told(self._server)
+        return self.metrics.encoded(self._server)
 
     def _built(self, config: Config, staying: dict[str, Upstream], cursor: dict[str, float]) -> Runtime:
         logs.configure(config.logging)
@@ -258,10 +260,10 @@ class Service:
             failover=Failover(balancer, tools, self._owners, config.affinity, self._clock),
             owners=self._owners,
             models=models,
-            keys=Keys({each.name: each.key for each in config.api_keys}),
+            keys=ClientKeys({each.name: each.key for each in config.api_keys}),
             journal=journal,
-            gate=self._gate,
-            drains=self._drains,
+            in_flight=self._in_flight,
+            discards=self._discards,
             shutdown=self._shutdown,
         )
 

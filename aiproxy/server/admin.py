@@ -15,9 +15,9 @@ from ..api.headers import Pairs
 from ..config import ClientKey
 from ..errors import ApiError
 from ..observability import logs
-from .service import Service
+from .routes import current_request, own, turn_away
+from .runtime import Service
 from .status import as_html, as_json
-from .views import current_request, own, turn_away
 
 _TEXT = "text/plain; charset=utf-8"
 _FRESH = [("cache-control", "no-store")]
@@ -74,7 +74,7 @@ def create_console(service: Service) -> flask.Blueprint:
         if challenge := _challenge():
             return challenge
         _check_origin()
-        form = parse_qs(current_request().upload.read(_LARGEST_FORM).decode(errors="replace"))
+        form = parse_qs(current_request().body.read(_LARGEST_FORM).decode(errors="replace"))
         upstream, action = (form.get(name, [""])[0] for name in ("upstream", "action"))
         if not service.act(upstream, action):
             raise ApiError(400, "invalid_request_error", "No such upstream, or no such action.")

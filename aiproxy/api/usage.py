@@ -7,7 +7,7 @@ from .body import members, text
 _FIGURES = ("input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens")
 
 
-class Report(msgspec.Struct):
+class Usage(msgspec.Struct):
     """Tokens by kind, None where the answer did not say.
 
     The figures in a stream are cumulative: the latest holds.

@@ -1,7 +1,7 @@
-"""The request's body on its way in: read under limits, or read and thrown away.
+"""The body of a request: read under limits, or read and discarded.
 
-Whatever is refused before its body was read is read first and dropped: otherwise clients see a broken
-pipe, and nginx a 502, instead of the answer. gunicorn itself drains only 64 KiB.
+The body of a refused request is read and discarded before the answer: otherwise clients see a broken pipe,
+and nginx a 502, instead of the answer. gunicorn itself discards only 64 KiB.
 """
 
 import contextlib
@@ -13,15 +13,15 @@ from ..errors import ApiError, too_large
 from ..transport.wait import ShuttingDown, Silent
 from .client import UPLOAD_SILENCE, ClientSocket, TlsClientSocket
 
-#: What is read and thrown away of a body that is refused, in bytes and seconds.
-DROP_BYTES = 256 * 1024 * 1024
-DROP_SECONDS = 30.0
+#: At most so many bytes, for so many seconds, are read of a body that is refused.
+DISCARD_BYTES = 256 * 1024 * 1024
+DISCARD_SECONDS = 30.0
 
 _PIECE = 1024 * 1024
-_DROPPED = 64 * 1024  # gunicorn copies each piece several times
+_DISCARDED = 64 * 1024  # gunicorn copies each piece several times
 
 
-class Upload:
+class RequestBody:
     """One request's body, read once by the thread that serves the request."""
 
     def __init__(self, environ: dict[str, Any]) -> None:
@@ -31,7 +31,7 @@ class Upload:
         declared = environ.get("CONTENT_LENGTH") or ""
         self._declared = int(declared) if declared.isdigit() else None
         self._is_empty = not self._declared and "HTTP_TRANSFER_ENCODING" not in environ
-        self._spoilt = False
+        self._is_unusable = False
         connection = environ.get("HTTP_CONNECTION", "").lower()
         is_old = environ.get("SERVER_PROTOCOL") == "HTTP/1.0"
         self._is_last = "close" in connection or (is_old and "keep-alive" not in connection)
@@ -55,21 +55,21 @@ class Upload:
             raise self._broken_off("The request body ended early.")
         return b"".join(pieces)
 
-    def drop(self) -> None:
-        """Read what is left and throw it away, within bounds."""
-        if self._spoilt or self._is_empty:
+    def discard(self) -> None:
+        """Read and discard what is left, within bounds."""
+        if self._is_unusable or self._is_empty:
             return
-        ends = time.monotonic() + DROP_SECONDS
+        ends = time.monotonic() + DISCARD_SECONDS
         if self._client is not None and self._client.serving is not None:
             self._client.serving.upload_by = ends
-        left = DROP_BYTES
+        left = DISCARD_BYTES
         while left > 0 and time.monotonic() < ends and (piece := self._any()):
             left -= len(piece)
-        self._spoilt |= left <= 0 or time.monotonic() >= ends
+        self._is_unusable |= left <= 0 or time.monotonic() >= ends
 
     def give_up(self) -> None:
         """Read no more of it."""
-        self._spoilt |= not self._is_empty
+        self._is_unusable |= not self._is_empty
 
     def end(self) -> None:
         """After the answer, where the connection carries no other request.
@@ -77,34 +77,34 @@ class Upload:
         gunicorn's main thread would wait two seconds for the client to close it, and accept nobody
         meanwhile; and what is still to come of an upload would be read as the next request.
         """
-        if self._client is not None and (self._spoilt or self._is_last):
+        if self._client is not None and (self._is_unusable or self._is_last):
             with contextlib.suppress(OSError):
-                ways = socket.SHUT_RDWR if self._spoilt else socket.SHUT_RD
+                ways = socket.SHUT_RDWR if self._is_unusable else socket.SHUT_RD
                 socket.socket.shutdown(self._client, ways)
 
     def _any(self) -> bytes:
         """The next bytes to throw away, none at the end or when the client is gone or too slow."""
         try:
-            return self._read(_DROPPED)
+            return self._read(_DISCARDED)
         except Exception:  # gunicorn has many, as in `_piece`; the answer may still reach the client
-            self._spoilt = True
+            self._is_unusable = True
             return b""
 
     def _piece(self, size: int) -> bytes:
         try:
             return self._read(size)
         except Silent:
-            self._spoilt = True
+            self._is_unusable = True
             message = f"The request body was silent for {UPLOAD_SILENCE:.0f} seconds."
             raise ApiError(408, "timeout_error", message) from None
         except ShuttingDown:
-            self._spoilt = True
+            self._is_unusable = True
             raise ApiError(529, "overloaded_error", "aiproxy is restarting.") from None
         except Exception:  # gunicorn's many errors for bodies that break off or are badly chunked
             raise self._broken_off("The request body could not be read.") from None
 
     def _broken_off(self, message: str) -> ApiError:
-        self._spoilt = True
+        self._is_unusable = True
         return ApiError(400, "invalid_request_error", message)
 
     def _read(self, size: int) -> bytes:

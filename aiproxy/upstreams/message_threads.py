@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from ..api.body import Body, members, text
-from .state import State
+from .shared_state import State
 
 #: Messages remembered; the oldest go first.
 LIMIT = 10_000

@@ -1,7 +1,7 @@
-"""How many requests are in flight, and the door that closes before threads run out.
+"""How many requests are in flight. New ones are refused before gunicorn runs out of threads.
 
-A request more than gunicorn has threads would wait unseen. So some threads are kept free: they tell
-clients that the proxy is busy, and answer probes.
+Without a free thread a request would wait unseen. So some threads are kept free: they tell clients that
+the proxy is busy, and answer probes.
 """
 
 import threading
@@ -13,60 +13,60 @@ SPARE = 8
 WAIT, WAITING = 0.05, SPARE // 2
 
 
-class Slot:
-    """One request's place; leaving twice is leaving once."""
+class Place:
+    """One request's place; a second release does nothing."""
 
-    def __init__(self, gate: "Gate") -> None:
-        self._gate: Gate | None = gate
+    def __init__(self, in_flight: "InFlight") -> None:
+        self._in_flight: InFlight | None = in_flight
 
-    def leave(self) -> None:
+    def release(self) -> None:
         """Give the place back. Called by the request's thread alone."""
-        gate, self._gate = self._gate, None
-        if gate is not None:
-            gate.left()
+        in_flight, self._in_flight = self._in_flight, None
+        if in_flight is not None:
+            in_flight.released()
 
 
-class Gate:
+class InFlight:
     """Thread-safe."""
 
     def __init__(self, limit: int | None) -> None:
-        """`limit`: requests in flight at most; None: as `serve_with` finds it."""
+        """`limit`: requests in flight at most; None: as `set_threads` finds it."""
         self._changed = threading.Condition()
         self._waiting = 0
         self._configured = limit
         self._threads = 0
-        self._inside = 0
+        self._count = 0
 
     @property
-    def inside(self) -> int:
+    def count(self) -> int:
         """How many are in flight."""
-        return self._inside
+        return self._count
 
-    def serve_with(self, threads: int) -> None:
-        """Tell how many threads the worker has; a configured limit stays as it is."""
+    def set_threads(self, threads: int) -> None:
+        """Set how many threads the worker has; a configured limit stays as it is."""
         self._threads = threads
 
     def configure(self, limit: int | None) -> None:
-        """Take another limit, in the constructor's sense; who is inside stays."""
+        """Set another limit, as in the constructor; requests in flight stay."""
         self._configured = limit
 
-    def enter(self) -> Slot | None:
+    def acquire(self) -> Place | None:
         """A place in flight, None if all are taken and stay so for a moment."""
         with self._changed:
             if not self._has_room() and not self._waited():
                 return None
-            self._inside += 1
-            return Slot(self)
+            self._count += 1
+            return Place(self)
 
-    def left(self) -> None:
-        """See `Slot.leave`."""
+    def released(self) -> None:
+        """See `Place.leave`."""
         with self._changed:
-            self._inside -= 1
+            self._count -= 1
             if self._waiting:
                 self._changed.notify()
 
     def _has_room(self) -> bool:
-        return self._inside < (self._configured or max(1, self._threads - SPARE))
+        return self._count < (self._configured or max(1, self._threads - SPARE))
 
     def _waited(self) -> bool:
         """Wait for a place; whether there is one now."""

@@ -40,7 +40,7 @@ class ServerLog(Logger):  # type: ignore[misc]
         logs.adopt(self.error_log)
 
 
-class Master:
+class Hooks:
     """gunicorn's hooks, by their names there."""
 
     def __init__(self) -> None:

@@ -22,11 +22,11 @@ from ..observability import logs
 from ..proxy.exchange import Exchange, Reply
 from ..proxy.request import Request
 from ..transport.wait import Wait
-from .gate import Slot
-from .keys import secrets_in
+from .auth import secrets_in
+from .limits import Place
+from .request_body import RequestBody
 from .responses import Body, Response, response
-from .service import Runtime, Service
-from .upload import Upload
+from .runtime import Runtime, Service
 
 #: Paths that clients and monitors probe; answered at once, in silence and to everyone.
 _PROBES = ("/", "/api/hello")
@@ -43,7 +43,7 @@ class Incoming(msgspec.Struct, frozen=True):
     environ: dict[str, Any]
     method: str
     path: str
-    upload: Upload
+    body: RequestBody
 
 
 def create_blueprint(service: Service) -> flask.Blueprint:
@@ -64,7 +64,7 @@ def create_blueprint(service: Service) -> flask.Blueprint:
             environ=environ,
             method=request.method,
             path=request.path,
-            upload=Upload(environ),
+            body=RequestBody(environ),
         )
 
     @route(MESSAGES, "POST")
@@ -142,8 +142,8 @@ def _forwarded(incoming: Incoming, forward: Forward, path: str | None = None) ->
     """Take a place in flight, send the request on, to `path` if it is not the client's, and answer."""
     began = time.monotonic()
     runtime = incoming.runtime
-    slot = runtime.gate.enter()
-    if slot is None:
+    place = runtime.in_flight.acquire()
+    if place is None:
         busy = ApiError(529, "overloaded_error", "aiproxy has as many requests in flight as it may have.")
         return turn_away(busy, [("retry-after", "1")])
     exchange: Exchange | None = None
@@ -153,28 +153,28 @@ def _forwarded(incoming: Incoming, forward: Forward, path: str | None = None) ->
         if path is not None:
             request = msgspec.structs.replace(request, path=path)
         exchange = Exchange(request, runtime.journal, runtime.owners)
-        return _answer(forward(exchange), exchange, slot, incoming)
+        return _answer(forward(exchange), exchange, place, incoming)
     except ApiError as error:
         try:
             return _refusal(error)  # in its place in flight: what reads a body away takes a thread
         finally:
-            slot.leave()
+            place.release()
     except BaseException:
         if exchange is not None:
             exchange.finish(0, is_complete=False)
-        slot.leave()
+        place.release()
         raise
 
 
-def _answer(reply: Reply, exchange: Exchange, slot: Slot, incoming: Incoming) -> flask.Response:
+def _answer(reply: Reply, exchange: Exchange, place: Place, incoming: Incoming) -> flask.Response:
     """The response, whose close ends the exchange and gives the place in flight back."""
 
     def on_close(sent: int, is_complete: bool) -> None:
         try:
             exchange.finish(sent, is_complete)
         finally:
-            slot.leave()
-            incoming.upload.end()
+            place.release()
+            incoming.body.end()
 
     client: socket.socket | None = incoming.environ.get("gunicorn.socket")
     body = Body(reply.body, client, incoming.method == "HEAD", on_close)
@@ -199,9 +199,9 @@ def _request(incoming: Incoming, client: str | None, began: float) -> Request:
     if incoming.method == "POST":
         limit = runtime.config.max_body
         coding = value_of(headers, "content-encoding") or ""
-        read = body.read(encoding.decode(incoming.upload.read(limit), coding, limit))
+        read = body.read(encoding.decode(incoming.body.read(limit), coding, limit))
     else:
-        incoming.upload.drop()
+        incoming.body.discard()
         read = _NO_BODY
         headers = tuple(pair for pair in headers if not pair[0].startswith("content-"))
     request = Request(
@@ -256,24 +256,24 @@ def turn_away(error: ApiError, headers: Pairs | None = None) -> flask.Response:
     answer; of the others the body is given up, and with it the connection.
     """
     incoming = current_request()
-    slot = incoming.runtime.drains.enter()
-    if slot is None:
-        incoming.upload.give_up()
+    place = incoming.runtime.discards.acquire()
+    if place is None:
+        incoming.body.give_up()
         return _refusal(error, headers)
     try:
         return _refusal(error, headers)
     finally:
-        slot.leave()
+        place.release()
 
 
 def _refusal(error: ApiError, headers: Pairs | None = None) -> flask.Response:
     """An error of our own, after what is left of the request's body has been read and dropped."""
     incoming = current_request()
-    incoming.upload.drop()
+    incoming.body.discard()
     secrets = secrets_in(_client_headers(incoming.environ))
     incoming.runtime.journal.refused(incoming.id, incoming.path, secrets, error)
     response = own(error.status, error.body(incoming.id), [*error.headers, *(headers or [])])
-    response.call_on_close(incoming.upload.end)
+    response.call_on_close(incoming.body.end)
     return response
 
 
