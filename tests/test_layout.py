@@ -1,4 +1,4 @@
-"""The README's list of modules: complete, and none imports from one below itself."""
+"""The list of modules in docs/architecture.md: complete, and none imports from one below itself."""
 
 import ast
 import re
@@ -11,10 +11,10 @@ _ROW = re.compile(r"^\| (?:`(\w+)/`)? ?\| `(\w+)` \|", re.MULTILINE)
 
 
 def listed():
-    """The modules' full names, in the README's order."""
+    """The modules' full names, in the document's order."""
     package, found = "", []
-    text = (ROOT / "README.md").read_text()
-    for begun, module in _ROW.findall(text[text.index("## Architecture") :]):
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    for begun, module in _ROW.findall(text[text.index("## Modules") :]):
         package = begun or package
         found.append(f"aiproxy.{module}" if package == "aiproxy" else f"aiproxy.{package}.{module}")
     return found
