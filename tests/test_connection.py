@@ -205,6 +205,23 @@ def test_an_upstream_that_comes_back_is_kept_again(upstream, transport):
     assert one.connections == 2
 
 
+@pytest.mark.parametrize(
+    "framing", ["content-length: 5\r\n\r\nfirst", "transfer-encoding: chunked\r\n\r\n5\r\nfirst\r\n0\r\n\r\n"]
+)
+@pytest.mark.parametrize("tls", [False, True])
+def test_bytes_behind_the_end_of_an_answer_never_reach_the_next_request(
+    upstream, transport, tmp_path, framing, tls
+):
+    bundle = tmp_path / "ca.pem"
+    bundle.write_text(LOOPBACK_CERT)
+    forged = b"HTTP/1.1 200 OK\r\ncontent-length: 6\r\n\r\nforged"
+    first = raw(b"HTTP/1.1 200 OK\r\n" + framing.encode() + forged, "keep")
+    one = upstream(first, tls=loopback_tls() if tls else None)
+    assert ask(transport, one.url, ca_bundle=str(bundle)) == b"first"
+    assert ask(transport, one.url, ca_bundle=str(bundle)) == MESSAGE
+    assert one.connections == 2
+
+
 # ------------------------------------------------------------------------------------------- how it is framed
 
 
