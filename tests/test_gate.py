@@ -17,7 +17,7 @@ def gate_of(limit):
 
 def taken(in_flight):
     """Take all places that are left."""
-    return list(iter(in_flight.enter, None))
+    return list(iter(in_flight.acquire, None))
 
 
 @pytest.mark.parametrize("limit", [1, 2, 7])
@@ -91,7 +91,7 @@ def test_who_is_inside_stays_when_the_limit_is_told_late():
 def test_an_application_has_the_configured_gate(limit, places):
     upstream = UpstreamSettings(name="a", base_url="demo://answers", token="sk-test-a")
     app = create_app(Config(upstreams=(upstream,), max_in_flight=limit))
-    assert len(taken(app.extensions["aiproxy"]._in_flight)) == places
+    assert len(taken(app.extensions["aiproxy"].runtime.in_flight)) == places
 
 
 def test_threads_never_exceed_the_limit_and_lose_no_place():

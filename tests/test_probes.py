@@ -83,12 +83,12 @@ def test_a_probe_is_logged_for_those_who_want_to_know_all(upstream, capsys, meth
 
 def test_probes_take_no_place_of_a_request(upstream):
     client = client_of(upstream(), max_in_flight=1)
-    gate = client.application.extensions["aiproxy"]._gate
-    slot = gate.enter()
+    in_flight = client.application.extensions["aiproxy"].runtime.in_flight
+    place = in_flight.acquire()
     for method, path in PROBES * 3:
         assert client.open(path, method=method, buffered=True).status_code == 200
-    slot.leave()
-    assert gate.enter() is not None
+    place.release()
+    assert in_flight.acquire() is not None
 
 
 @pytest.mark.parametrize(("method", "path"), [("POST", "/"), ("PUT", "/api/hello"), ("OPTIONS", "/")])

@@ -168,7 +168,7 @@ def test_an_instance_that_replaces_itself_loses_nothing(config, tmp_path):
         assert_nothing_lost(load, seconds)
         promoted(pid, new)
         os.kill(new, signal.SIGTERM)
-        service.wait_for_stderr("Shutting down: Hooks$")
+        service.wait_for_stderr("Shutting down: Master$")
 
 
 def answers(port):

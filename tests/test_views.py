@@ -487,7 +487,7 @@ def test_a_bug_gives_the_permit_back(upstream, monkeypatch, capsys, place, meanw
     assert "state=closed" in out
 
 
-@pytest.mark.parametrize("place", ["views._request", "views._log_request", "views.response"])
+@pytest.mark.parametrize("place", ["routes._request", "routes._log_request", "routes.response"])
 def test_a_bug_gives_the_place_in_flight_back(monkeypatch, place):
     def bug(*args, **kwargs):
         monkeypatch.undo()
