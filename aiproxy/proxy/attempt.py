@@ -20,7 +20,7 @@ from ..api.usage import Usage
 from ..config import Timeouts
 from ..errors import error_body, type_of_status
 from ..observability import logs
-from ..policy import Decision, Fault, Problem, status_of_type
+from ..policy import Fault, Problem, status_of_type
 from ..transport.failures import TransportError
 from ..transport.session import Outgoing, Response, Transport
 from ..transport.wait import Interrupted
@@ -101,7 +101,7 @@ class Attempt:
         self.model = candidate.upstream.model_for(request.body.model)
         self._tools = tools
         self._request = request
-        self._candidate = candidate
+        self.candidate = candidate
         self._asks_for_message = asks_for_message = request.path == MESSAGES
         must_stream = candidate.upstream.settings.must_stream and asks_for_message
         self._accumulates = must_stream and not request.body.stream
@@ -109,11 +109,6 @@ class Attempt:
         self._wait = request.wait
         self._began = time.monotonic()
         self._response: Response | None = None
-
-    @property
-    def is_last_resort(self) -> bool:
-        """Whether its failure does not count."""
-        return self._candidate.is_last_resort
 
     def run(self) -> Answer | Failure:
         """Ask the upstream, up to the commit point. The permit is still to be settled."""
@@ -129,26 +124,6 @@ class Attempt:
             if self._response is not None and not streaming:
                 self._response.close()
         return outcome
-
-    def charge(self, decision: Decision) -> None:
-        """Settle the permit of a failed attempt as the policy decided."""
-        self._candidate.charge(decision)
-
-    def refused_alone(self) -> None:
-        """Another upstream answered the request that this one refused."""
-        self._candidate.refused_alone()
-
-    def succeed(self) -> None:
-        """Settle the permit: the answer is complete."""
-        self._candidate.succeed()
-
-    def fail(self) -> None:
-        """Settle the permit: the answer broke off after the commit point."""
-        self._candidate.fail()
-
-    def ignore(self) -> None:
-        """Settle the permit: the attempt says nothing about the upstream."""
-        self._candidate.ignore()
 
     def _run(self) -> Answer | Failure:
         response = self._response = self._send()
@@ -271,7 +246,7 @@ class Attempt:
 
     def _commit(self, response: Response, stream: Stream) -> Answer:
         self._wait.limit(silence=self._tools.timeouts.idle)
-        self._candidate.commit()
+        self.candidate.commit()
         return Answer(response.status, to_client(response.headers, response.is_decoded), stream)
 
     def _wrong_type(self, response: Response, kind: str) -> Failure:

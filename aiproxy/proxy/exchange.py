@@ -96,9 +96,9 @@ class Exchange:
         `may_lack`: an upstream that lacks the endpoint is not a failure that the client is to see.
         """
         decision = self._decide(attempt, failure)
-        cost = Cost.NONE if attempt.is_last_resort and decision.cost in _COUNTED else decision.cost
+        cost = Cost.NONE if attempt.candidate.is_last_resort and decision.cost in _COUNTED else decision.cost
         self._journal.attempt(self.request, attempt, self._attempts, failure, cost)
-        attempt.charge(decision)
+        attempt.candidate.charge(decision)
         if may_lack and self._lacks_endpoint(attempt, failure):
             self.lacking.append(attempt.upstream)
             return True
@@ -113,13 +113,13 @@ class Exchange:
             self._stream, self._status = answer.body, answer.status
         for each in self._failed:
             if each.decision.cost is Cost.REFUSED:
-                each.attempt.refused_alone()
+                each.attempt.candidate.refused_alone()
         self._journal.attempt(self.request, attempt, self._attempts, None, Cost.NONE)
         headers = self._headers(attempt, answer.headers)
         if isinstance(answer.body, Stream):
             self._journal.streaming(self.request)
             return Reply(answer.status, headers, self._events(attempt, answer.body), None)
-        attempt.succeed()
+        attempt.candidate.succeed()
         self._note_owner(attempt)
         return self._whole(answer.status, headers, answer.body, Outcome.COMPLETE)
 
@@ -175,16 +175,16 @@ class Exchange:
         if self._attempt is None:
             return
         if stream.outcome is Outcome.COMPLETE:
-            self._attempt.succeed()
+            self._attempt.candidate.succeed()
         elif stream.outcome in (Outcome.BROKEN, Outcome.SILENT):
-            self._attempt.fail()
+            self._attempt.candidate.fail()
         elif stream.error is not None:
             error = error_body_of(stream.error)
             status = status_of_type(error.type)
             problem = Problem(Fault.ERROR, status, error.type, error.message, error.code)
-            self._attempt.charge(decide(problem, self._models(self._attempt)))
+            self._attempt.candidate.charge(decide(problem, self._models(self._attempt)))
         else:
-            self._attempt.ignore()
+            self._attempt.candidate.ignore()
 
     def _best(self) -> Failed | None:
         """The failure whose error the client gets as it is: the highest rank, of equals the latest."""
