@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: run test bench bench-memory bench-peers clean
+.PHONY: run test test-unit test-proxy bench bench-memory bench-peers clean
 
 run: .venv/installed
 	@if [ -n "$$AIPROXY_CONFIG" ] || [ -f config.yaml ]; then \
@@ -16,6 +16,13 @@ test: .venv/installed-dev tests/typescript/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+# Tests without sockets; tests in process, with fake upstreams.
+test-unit: .venv/installed-dev
+	$(BIN)/python -m pytest tests/unit
+
+test-proxy: .venv/installed-dev
+	$(BIN)/python -m pytest tests/proxy
 
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -431,7 +431,7 @@ def test_the_ranking_is_the_same_in_every_process():
     ran = [
         subprocess.Popen(
             [sys.executable, "-c", script],
-            cwd=Path(__file__).parent.parent,
+            cwd=Path(__file__).parents[2],
             env={"PYTHONHASHSEED": seed},
             stdout=subprocess.PIPE,
             text=True,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 _ROW = re.compile(r"^\| (?:`(\w+)/`)? ?\| `(\w+)` \|", re.MULTILINE)
 
 

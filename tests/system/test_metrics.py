@@ -19,7 +19,7 @@ from aiproxy import __version__
 from aiproxy.api.usage import Usage
 from aiproxy.observability.metrics import STRANGERS, Metrics, exposition_of, process_ended
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 ODD = ['say "hi"', "two\nlines", "back\\slash", "back\\nslash", "cr\rlf", "{a=b},", "ünï 漢", " ", "nul\0"]
 USED = Usage(input_tokens=5, output_tokens=7, cache_read_input_tokens=11, cache_creation_input_tokens=13)
 

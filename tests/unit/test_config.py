@@ -25,7 +25,7 @@ from aiproxy.config import (
     schema,
 )
 
-EXAMPLE = Path(__file__).parent.parent / "config.example.yaml"
+EXAMPLE = Path(__file__).parents[2] / "config.example.yaml"
 
 UPSTREAMS = """
 upstreams:

@@ -28,7 +28,7 @@ from aiproxy.upstreams import message_threads as threads
 from aiproxy.upstreams.message_threads import Owners
 from aiproxy.upstreams.shared_state import Alone
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 HELLO = [{"role": "user", "content": "Hi"}]
 CREATE = {"type": "create"}
 

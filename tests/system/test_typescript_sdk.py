@@ -16,7 +16,7 @@ from accounts import Account
 from conftest import ROOT, Output, Served
 from fakes import HOST, answer, close_now, error, events, free_port, message_events, tool_use, whole
 
-HERE = Path(__file__).parent / "typescript"
+HERE = Path(__file__).parents[1] / "typescript"
 READY = shutil.which("node") is not None and (HERE / "node_modules").is_dir()
 
 pytestmark = pytest.mark.skipif(

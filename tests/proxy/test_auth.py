@@ -402,7 +402,7 @@ def test_so_does_a_start_on_a_socket_that_it_inherits(upstream, config_of, tmp_p
         started = [
             subprocess.Popen(
                 command,
-                cwd=Path(__file__).parent.parent,
+                cwd=Path(__file__).parents[2],
                 env={"PATH": os.environ["PATH"], "AIPROXY_CONFIG": str(path)},
                 pass_fds=[opened.fileno()],
                 stdout=subprocess.DEVNULL,
