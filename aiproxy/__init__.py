@@ -6,10 +6,15 @@ upstream            a service that speaks the Messages API, with its account
 client, client key  who asks, and the key that names them
 exchange            one client request and everything that is done for it
 attempt             one request to one upstream
+fault, failure      how an attempt failed, in one word; all that is known of it
+cost, rank          what a failure costs the upstream; how well it serves as the client's answer
 failover            the next attempt, after one that brought no valid answer
+piece, block        bytes as they were read; the bytes of one or more whole events
 commit point        from here on the client sees this attempt's answer; there is no failover any more
 circuit breaker     closed, open, half-open; after `cooldown` one trial decides
+trial               the one attempt that decides a half-open circuit
 permit              permission to make one attempt; settled once, with success, failure or ignored
+place in flight     one of the `max_in_flight` requests that are served at a time
 backoff             an upstream, or one of its models, is not asked until a given time
 last resort         an upstream in backoff or with an open circuit, asked because nothing else is left
 drain               an upstream gets no new requests, by hand

@@ -66,8 +66,8 @@ class Decision(msgspec.Struct, frozen=True):
     backoff: float | None = None  # seconds; None: the length is not given by the upstream
 
 
-#: A request goes on after this many timeouts less one: each attempt that timed out may be billed.
-TIMEOUTS_PER_REQUEST = 2
+#: A request is given up at this many timeouts: each attempt that timed out may be billed.
+MOST_TIMEOUTS = 2
 
 _SPEND_LIMIT_CODES = frozenset({"enforced_spend_limit_reached", "contract_spend_limit_reached"})
 _ACCOUNT_TYPES = frozenset({"authentication_error", "billing_error"})
@@ -131,7 +131,7 @@ def decide(problem: Problem, models: tuple[str, ...] = (), is_bound: bool = Fals
 def _error(problem: Problem, status: int, models: tuple[str, ...]) -> Decision:
     if status in (429, 529):
         return _limit(problem)
-    if status == 503 and usable(problem.retry_after):
+    if status == 503 and is_usable(problem.retry_after):
         return Decision(
             try_next=True, cost=Cost.UPSTREAM_BACKOFF, rank=Rank.RETRYABLE, backoff=problem.retry_after
         )
@@ -150,7 +150,7 @@ def _limit(problem: Problem) -> Decision:
     """429 and 529: the upstream, or one model of it, has no capacity now."""
     if problem.status == 429 and problem.code in _SPEND_LIMIT_CODES:
         return Decision(try_next=True, cost=Cost.UPSTREAM_BACKOFF, rank=Rank.RETRYABLE)
-    backoff = problem.retry_after if usable(problem.retry_after) else None
+    backoff = problem.retry_after if is_usable(problem.retry_after) else None
     return Decision(try_next=True, cost=Cost.MODEL_BACKOFF, rank=Rank.RETRYABLE, backoff=backoff)
 
 
@@ -165,7 +165,7 @@ def _is_about_account(problem: Problem, status: int) -> bool:
     return False
 
 
-def usable(retry_after: float | None) -> bool:
+def is_usable(retry_after: float | None) -> bool:
     """Whether a `retry-after` in seconds says when to come back: absent, 0 and nonsense do not."""
     return retry_after is not None and 0 < retry_after < float("inf")
 

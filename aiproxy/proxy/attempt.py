@@ -1,4 +1,4 @@
-"""One attempt at one upstream: open, read up to the commit point, relay, settle once.
+"""One attempt at one upstream: send the request, and read up to the commit point.
 
 Up to the commit point a failure costs the client nothing. From there on a `Stream` goes on.
 """
@@ -22,11 +22,11 @@ from ..errors import error_body, type_of_status
 from ..observability import logs
 from ..policy import Fault, Problem, status_of_type
 from ..transport.failures import TransportError
-from ..transport.session import Outgoing, Response, Transport
+from ..transport.session import Outgoing, Transport, UpstreamResponse
 from ..transport.wait import Interrupted
 from ..upstreams.balancer import Candidate
 from .request import Request
-from .stream import AFTER_STOP, Stream
+from .stream import END_OF_BODY_SECONDS, Stream
 
 #: Bytes of a whole answer, of a collected stream, and of what is held before a stream's commit point.
 ANSWER_LIMIT = 64 * 1024 * 1024
@@ -34,7 +34,7 @@ ANSWER_LIMIT = 64 * 1024 * 1024
 ERROR_LIMIT = 16 * 1024 * 1024
 #: Seconds for which the body of an error status is awaited: the status alone decides.
 ERROR_BODY_SECONDS = 2.0
-#: Seconds after sending from which a `ping` or a comment before the first content commits a stream.
+#: Seconds after an attempt's begin from which a `ping` or a comment before the first content commits.
 PATIENCE = 15.0
 #: Bytes read of an answer of the wrong type, to show the log what it was.
 _SAMPLE = 4096
@@ -108,7 +108,7 @@ class Attempt:
         self._streams = must_stream or (request.body.stream and asks_for_message)
         self._wait = request.wait
         self._began = time.monotonic()
-        self._response: Response | None = None
+        self._response: UpstreamResponse | None = None
 
     def run(self) -> Answer | Failure:
         """Ask the upstream, up to the commit point. The permit is still to be settled."""
@@ -142,7 +142,7 @@ class Attempt:
             return self._whole(response)
         return self._accumulated(response) if self._accumulates else self._stream(response)
 
-    def _send(self) -> Response:
+    def _send(self) -> UpstreamResponse:
         """Send the request; once more on a fresh connection if a kept one turns out to be dead."""
         body = self._request.body.spliced(self.model, self._streams or self._request.body.stream)
         headers = to_upstream(self._request.headers, self.upstream.credential, self.upstream.extra_headers)
@@ -165,7 +165,7 @@ class Attempt:
             headers, self._request.secrets, id=self._request.id, of=of, upstream=self.upstream.name
         )
 
-    def _whole(self, response: Response) -> Answer | Failure:
+    def _whole(self, response: UpstreamResponse) -> Answer | Failure:
         body = _read(response, ANSWER_LIMIT)
         try:
             message = members(body)
@@ -178,7 +178,7 @@ class Attempt:
         self.usage.note_answer(message)
         return Answer(response.status, to_client(response.headers, response.is_decoded), body)
 
-    def _accumulated(self, response: Response) -> Answer | Failure:
+    def _accumulated(self, response: UpstreamResponse) -> Answer | Failure:
         """`must_stream`: read the whole event stream and answer with the Message it spells."""
         self._wait.expect(self._tools.timeouts.idle)
         betas = value_of(self._request.headers, "anthropic-beta") or ""
@@ -212,15 +212,16 @@ class Attempt:
 
     def _await_end(self, pieces: Iterator[bytes]) -> None:
         """Give an upstream that said all a moment to end the body, so that its connection can be kept."""
-        self._wait.limit(AFTER_STOP)
+        self._wait.limit(END_OF_BODY_SECONDS)
         with contextlib.suppress(TransportError):
             next(pieces, None)
 
-    def _stream(self, response: Response) -> Answer | Failure:
+    def _stream(self, response: UpstreamResponse) -> Answer | Failure:
         """Read up to the commit point: the first event that is neither `message_start` nor `ping`.
 
-        A `ping` or a comment that comes later than `PATIENCE` after sending commits, too: a client must not
-        wait longer for a sign of life. Each whole event or comment line renews the silence limit.
+        A `ping` or a comment later than `PATIENCE` commits, too: a client must not wait longer for a sign of
+        life. So does an event that is too large to be held (`framer.partial`). Each whole event or comment
+        line renews the silence limit.
         """
         framer = sse.Framer()
         pieces = response.pieces()
@@ -232,24 +233,26 @@ class Attempt:
             self._wait.renew()
             if block:
                 held.append(block)
-            content = next((each for each in sse.parse(block) if each.name not in _BEFORE_CONTENT), None)
+            events = list(sse.parse(block))
+            content = next((each for each in events if each.name not in _BEFORE_CONTENT), None)
             if content is not None and (content.name == b"error" or _is_error_data(content)):
                 return self._error_event(content.data, response.headers)
             if content is not None and not content.name:
                 detail = "the events have no `event:` lines"
                 return Failure(Fault.NO_ANSWER, detail, body=content.data[:_SAMPLE])
-            is_late = time.monotonic() - self._began > PATIENCE
+            is_sign_of_life = not events or any(each.name == b"ping" for each in events)
+            is_late = time.monotonic() - self._began > PATIENCE and is_sign_of_life and held
             if content is not None or framer.partial or is_late:
                 stream = Stream(self._wait, response, pieces, held, framer, self.usage)
                 return self._commit(response, stream)
         return Failure(Fault.NO_ANSWER, "the stream ended before its first content")
 
-    def _commit(self, response: Response, stream: Stream) -> Answer:
+    def _commit(self, response: UpstreamResponse, stream: Stream) -> Answer:
         self._wait.limit(silence=self._tools.timeouts.idle)
         self.candidate.commit()
         return Answer(response.status, to_client(response.headers, response.is_decoded), stream)
 
-    def _wrong_type(self, response: Response, kind: str) -> Failure:
+    def _wrong_type(self, response: UpstreamResponse, kind: str) -> Failure:
         """An answer that is neither the JSON nor the events that were asked for."""
         shown = kind if _MEDIA_TYPE.fullmatch(kind) else "missing or odd"
         detail = f"content type {shown} instead of {_EVENTS if self._streams else _JSON}"
@@ -262,18 +265,20 @@ class Attempt:
                 text="it streams though not asked to: set must_stream: true for it",
             )
             return Failure(Fault.NO_ANSWER, detail)
-        if kind != _JSON:
-            return Failure(Fault.NO_ANSWER, detail, body=_sample(response))
-        body = _read(response, ERROR_LIMIT)
+        self._wait.limit(ERROR_BODY_SECONDS)  # the head has decided already
+        body = b""
         try:
-            message = members(body)
+            body = _read(response, ERROR_LIMIT) if kind == _JSON else _sample(response)
+            if kind == _JSON and _is_error(members(body)):
+                return self._error(None, body, response.headers)
+        except TransportError as failed:
+            if failed.fault in (Fault.CLIENT_LEFT, Fault.RESTART):
+                raise
         except ValueError:
-            return Failure(Fault.NO_ANSWER, detail, body=body[:_SAMPLE])
-        if _is_error(message):
-            return self._error(None, body, response.headers)
+            """It is not an error of the API's."""
         return Failure(Fault.NO_ANSWER, detail, body=body[:_SAMPLE])
 
-    def _error_status(self, response: Response) -> Failure:
+    def _error_status(self, response: UpstreamResponse) -> Failure:
         """An error by its HTTP status. A body that is late or incomplete is replaced by one of ours."""
         self._wait.limit(ERROR_BODY_SECONDS)
         try:
@@ -311,12 +316,12 @@ class Attempt:
         return self._error(None, data, [*kept, ("content-type", _JSON)])
 
 
-def _read(response: Response, limit: int) -> bytes:
+def _read(response: UpstreamResponse, limit: int) -> bytes:
     """The body, which must end by its own framing. Raises `TransportError`, also over `limit` bytes."""
     return b"".join(_limited(response.pieces(), limit))
 
 
-def _sample(response: Response) -> bytes:
+def _sample(response: UpstreamResponse) -> bytes:
     """The beginning of a body that is of no use but to the log."""
     return next(response.pieces(), b"")[:_SAMPLE]
 

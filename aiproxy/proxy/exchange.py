@@ -1,8 +1,9 @@
 """One client request and everything that is done for it.
 
-It holds what the request has met so far. It alone settles permits: a failed attempt's when it failed, a
-whole answer's when it is complete, a stream's in `finish`, which runs after the last byte for every
-kind of answer and counts and logs the exchange.
+It holds what the request has met so far, and settles permits: a failed attempt's when it failed, a whole
+answer's when it is complete, a stream's in `finish`. Only the trial of a half-open circuit is settled
+earlier, at the stream's commit point. `finish` runs after the last byte for every kind of answer, and
+counts and logs the exchange.
 """
 
 import math
@@ -14,7 +15,7 @@ from ..api import MESSAGES
 from ..api.headers import Pairs, value_of
 from ..errors import ApiError
 from ..policy import (
-    TIMEOUTS_PER_REQUEST,
+    MOST_TIMEOUTS,
     Cost,
     Decision,
     Fault,
@@ -35,6 +36,8 @@ from .stream import Stream
 
 #: The status, in the log alone, of a request whose client left before its answer: nginx's.
 CLIENT_LEFT = 499
+#: What a last resort does not cost; the breaker ignores it, too.
+_FREE_FOR_LAST_RESORT = (Cost.FAILURE, Cost.LATE, Cost.UPSTREAM_BACKOFF)
 _PIECE = 65536  # bytes of a whole answer that are handed to the server at a time
 
 
@@ -47,7 +50,7 @@ class Reply(msgspec.Struct, frozen=True):
     length: int | None  # bytes; None for a stream
 
 
-class Failed(msgspec.Struct, frozen=True):
+class FailedAttempt(msgspec.Struct, frozen=True):
     """One failed attempt with what followed from it."""
 
     attempt: Attempt
@@ -56,7 +59,7 @@ class Failed(msgspec.Struct, frozen=True):
 
 
 class Exchange:
-    """Used by the request's thread alone. Whoever makes one calls `finish` in every case."""
+    """Used by the request's thread alone. Whoever gets a reply, or meets a bug, calls `finish`."""
 
     def __init__(self, request: Request, journal: Journal, owners: Owners) -> None:
         self.request = request
@@ -64,7 +67,7 @@ class Exchange:
         self._journal = journal
         self._owners = owners
         self._attempts = 0
-        self._failed: list[Failed] = []
+        self._failed: list[FailedAttempt] = []
         self._candidate: Candidate | None = None  # of the attempt under way
         self._attempt: Attempt | None = None  # the one whose answer or error is sent
         self._stream: Stream | None = None
@@ -96,15 +99,19 @@ class Exchange:
         `may_lack`: an upstream that lacks the endpoint is not a failure that the client is to see.
         """
         decision = self._decide(attempt, failure)
-        cost = Cost.NONE if attempt.candidate.is_last_resort and decision.cost in _COUNTED else decision.cost
+        cost = (
+            Cost.NONE
+            if attempt.candidate.is_last_resort and decision.cost in _FREE_FOR_LAST_RESORT
+            else decision.cost
+        )
         self._journal.attempt(self.request, attempt, self._attempts, failure, cost)
         attempt.candidate.charge(decision)
         if may_lack and self._lacks_endpoint(attempt, failure):
             self.lacking.append(attempt.upstream)
             return True
-        self._failed.append(Failed(attempt, failure, decision))
+        self._failed.append(FailedAttempt(attempt, failure, decision))
         timeouts = sum(each.failure.fault is Fault.TIMEOUT for each in self._failed)
-        return decision.try_next and timeouts < TIMEOUTS_PER_REQUEST
+        return decision.try_next and timeouts < MOST_TIMEOUTS
 
     def reply(self, attempt: Attempt, answer: Answer) -> Reply:
         """An upstream answered; upstreams that refused the same request are noticed."""
@@ -148,9 +155,11 @@ class Exchange:
             return
         self._is_finished = True
         if self._stream is not None:
-            self._stream.close()
-            self._settle_stream(self._stream)
-            self._outcome = self._stream.outcome
+            try:
+                self._stream.close()
+            finally:
+                self._settle_stream(self._stream)
+                self._outcome = self._stream.outcome
         elif self._outcome is Outcome.COMPLETE and not is_complete:
             self._outcome = Outcome.CLIENT_LEFT
         if self._outcome is None:
@@ -182,11 +191,13 @@ class Exchange:
             error = error_body_of(stream.error)
             status = status_of_type(error.type)
             problem = Problem(Fault.ERROR, status, error.type, error.message, error.code)
-            self._attempt.candidate.charge(decide(problem, self._models(self._attempt)))
+            self._attempt.candidate.charge(
+                decide(problem, self._models(self._attempt), self.request.is_bound)
+            )
         else:
             self._attempt.candidate.ignore()
 
-    def _best(self) -> Failed | None:
+    def _best(self) -> FailedAttempt | None:
         """The failure whose error the client gets as it is: the highest rank, of equals the latest."""
         shown = [each for each in self._failed if each.decision.rank >= Rank.SUSPECT]
         return max(reversed(shown), key=lambda each: each.decision.rank, default=None)
@@ -242,7 +253,7 @@ class Exchange:
     def _with_soonest_retry(self, headers: Pairs) -> Pairs:
         """Of several `retry-after` the smallest, in whole seconds: some upstream is free again by then."""
         if value_of(headers, "retry-after") is None:
-            return headers
+            return headers  # the upstream that answered last may be free sooner
         waits = [wait for each in self._failed if (wait := each.failure.retry_after)]
         kept = [pair for pair in headers if pair[0] not in ("retry-after", "retry-after-ms")]
         return [*kept, ("retry-after", str(math.ceil(min(waits))))] if waits else kept
@@ -254,7 +265,3 @@ class Exchange:
         if value_of(headers, "request-id") is None:
             added.append(("request-id", self.request.id))
         return [*self._journal.redactor.pairs(headers), *added]
-
-
-#: What a last resort does not cost.
-_COUNTED = (Cost.FAILURE, Cost.LATE, Cost.UPSTREAM_BACKOFF)

@@ -1,4 +1,4 @@
-"""The failover loop and nothing else: asks one upstream after the other until one answers."""
+"""Which upstreams a request may ask, and the failover loop: one after the other, until one answers."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -65,7 +65,7 @@ class Failover:
     def _handle(
         self, exchange: Exchange, candidates: Iterable[Candidate], may_lack: bool = False
     ) -> Reply | None:
-        """The loop. `may_lack`: an upstream that lacks the endpoint is not a failure to show."""
+        """The loop. `may_lack`: an upstream that lacks the endpoint is noted in `exchange.lacking`, no more."""
         for candidate in candidates:
             exchange.begin(candidate)
             attempt = Attempt(self._tools, candidate, exchange.request)

@@ -1,6 +1,7 @@
 """A committed stream on its way to the client.
 
-It passes on whole events, their bytes as they came. Beside that it only notes whether `message_stop`, an
+It passes on whole events, their bytes as they came; only an event that is too large to be held is passed
+on in parts. Beside that it only notes whether `message_stop`, an
 `error` event and usage figures went by. Whatever happens, it never ends early in a clean way: the Python SDK
 takes a clean early end for success.
 """
@@ -15,12 +16,13 @@ from ..api.usage import Usage
 from ..errors import error_body
 from ..policy import Fault
 from ..transport.failures import TransportError
-from ..transport.session import Response
+from ..transport.session import UpstreamResponse
 from ..transport.wait import Wait
 from .outcome import Outcome
 
-#: Seconds for which nothing is awaited any more once `message_stop` has come.
-AFTER_STOP = 1.0
+#: Seconds that the upstream may take, after `message_stop`, to end its body, so that its connection can be
+#: kept.
+END_OF_BODY_SECONDS = 1.0
 
 # A line break followed by `event:` cannot occur inside an event's data, so this search is exact.
 _NOTED = re.compile(rb"(?:\A|[\r\n])event: ?(?:message_start|message_delta|message_stop|error)[\r\n]")
@@ -48,7 +50,7 @@ class Stream:
     def __init__(
         self,
         wait: Wait,
-        response: Response,
+        response: UpstreamResponse,
         pieces: Iterator[bytes],
         held: deque[bytes],
         framer: Framer,
@@ -112,7 +114,7 @@ class Stream:
             if not self.has_stopped:
                 self._wait.renew()  # not before: the client may have taken its time
             elif not had_stopped:
-                self._wait.limit(AFTER_STOP)
+                self._wait.limit(END_OF_BODY_SECONDS)
         if not self.has_stopped:
             self._note_break(Outcome.BROKEN, "ended before message_stop")
 
@@ -125,6 +127,7 @@ class Stream:
                 self.has_stopped = True
             elif event.name == b"error":
                 self.error = None if self.has_stopped else event.data
+                return
             else:
                 self._usage.note_event(event.name, event.data)
 

@@ -15,7 +15,7 @@ from ..api.headers import Pairs
 from ..config import ClientKey
 from ..errors import ApiError
 from ..observability import logs
-from .routes import current_request, own, turn_away
+from .routes import current_request, own_response, turn_away
 from .runtime import Service
 from .status import as_html, as_json
 
@@ -43,20 +43,20 @@ def create_console(service: Service) -> flask.Blueprint:
     @blueprint.get("/healthz", provide_automatic_options=False)
     def healthz() -> flask.Response:
         """The process answers."""
-        return own(200, b"ok\n", _FRESH, _TEXT)
+        return own_response(200, b"ok\n", _FRESH, _TEXT)
 
     @blueprint.get("/readyz", provide_automatic_options=False)
     def readyz() -> flask.Response:
         """Some upstream is usable."""
         reason = service.unready()
         status, text = (200, "ready") if reason is None else (503, reason)
-        return own(status, f"{text}\n".encode(), _FRESH, _TEXT)
+        return own_response(status, f"{text}\n".encode(), _FRESH, _TEXT)
 
     @blueprint.get("/metrics", provide_automatic_options=False)
     def metrics() -> flask.Response:
         """Figures for Prometheus."""
         body, type_ = service.exposition()
-        return own(200, body, _FRESH, type_)
+        return own_response(200, body, _FRESH, type_)
 
     @blueprint.get("/status", provide_automatic_options=False)
     def status() -> flask.Response:
@@ -65,8 +65,8 @@ def create_console(service: Service) -> flask.Blueprint:
             return challenge
         wanted = flask.request.accept_mimetypes.best_match(["text/html", "application/json"], "text/html")
         if wanted == "application/json":
-            return own(200, as_json(service.status()), _PAGE)
-        return own(200, as_html(service.status()), _PAGE, "text/html; charset=utf-8")
+            return own_response(200, as_json(service.status()), _PAGE)
+        return own_response(200, as_html(service.status()), _PAGE, "text/html; charset=utf-8")
 
     @blueprint.post("/status", provide_automatic_options=False)
     def act() -> flask.Response:
@@ -78,7 +78,7 @@ def create_console(service: Service) -> flask.Blueprint:
         upstream, action = (form.get(name, [""])[0] for name in ("upstream", "action"))
         if not service.act(upstream, action):
             raise ApiError(400, "invalid_request_error", "No such upstream, or no such action.")
-        return own(303, b"", [("location", "/status"), *_PAGE], _TEXT)
+        return own_response(303, b"", [("location", "/status"), *_PAGE], _TEXT)
 
     return blueprint
 

@@ -84,7 +84,7 @@ def create_blueprint(service: Service) -> flask.Blueprint:
         if not runtime.models.are_listed:
             return _forwarded(incoming, runtime.failover.pass_on)
         _check_key(incoming)
-        return own(200, runtime.models.page(flask.request.args))
+        return own_response(200, runtime.models.page(flask.request.args))
 
     @route("/v1/models/<path:name>", "GET")
     def model(name: str) -> flask.Response:
@@ -95,7 +95,7 @@ def create_blueprint(service: Service) -> flask.Blueprint:
                 raise ApiError(404, "not_found_error", f"model: {name}")
             return _forwarded(incoming, runtime.failover.pass_on, f"/v1/models/{quote(name, safe='')}")
         _check_key(incoming)
-        return own(200, runtime.models.one(name))
+        return own_response(200, runtime.models.one(name))
 
     for path in _PROBES:
         blueprint.add_url_rule(path, "probe", _probe, methods=["GET"], provide_automatic_options=False)
@@ -105,11 +105,11 @@ def create_blueprint(service: Service) -> flask.Blueprint:
 
 def _add_error_handlers(blueprint: flask.Blueprint) -> None:
     @blueprint.app_errorhandler(ApiError)
-    def ours(error: ApiError) -> flask.Response:
+    def on_api_error(error: ApiError) -> flask.Response:
         return turn_away(error)
 
     @blueprint.app_errorhandler(HTTPException)
-    def flasks(error: HTTPException) -> flask.Response:
+    def on_http_error(error: HTTPException) -> flask.Response:
         if error.code == 405:
             allowed = error.get_response().headers.get("Allow", "")
             message = f"{flask.request.method} is not allowed here, only {allowed} is."
@@ -122,7 +122,7 @@ def _add_error_handlers(blueprint: flask.Blueprint) -> None:
         return turn_away(ApiError(404, "not_found_error", f"aiproxy does not serve {asked}."))
 
     @blueprint.app_errorhandler(Exception)
-    def bug(error: Exception) -> flask.Response:
+    def on_bug(error: Exception) -> flask.Response:
         logs.exception("bug", id=current_request().id)
         return turn_away(ApiError(500, "api_error", "Internal error in aiproxy; its log tells more."))
 
@@ -135,7 +135,7 @@ def current_request() -> Incoming:
 
 def _probe() -> flask.Response:
     logs.line(logging.DEBUG, "probe", path=flask.request.path)
-    return own(200, b"aiproxy\n", type_="text/plain")
+    return own_response(200, b"aiproxy\n", type_="text/plain")
 
 
 def _forwarded(incoming: Incoming, forward: Forward, path: str | None = None) -> flask.Response:
@@ -221,7 +221,7 @@ def _request(incoming: Incoming, client: str | None, began: float) -> Request:
 
 
 def _wait(incoming: Incoming) -> Wait:
-    """The wait of the client's connection; one of its own where another server than ours has it."""
+    """The wait of the client's connection; one that watches no client where the server is not our worker."""
     serving = getattr(incoming.environ.get("gunicorn.socket"), "serving", None)
     return serving.wait if serving is not None else Wait(None, incoming.runtime.shutdown)
 
@@ -238,7 +238,7 @@ def _client_headers(environ: dict[str, Any]) -> Pairs:
     return pairs
 
 
-def own(
+def own_response(
     status: int, content: bytes, headers: Pairs | None = None, type_: str = "application/json"
 ) -> flask.Response:
     """An answer that no upstream had a part in."""
@@ -252,8 +252,8 @@ def own(
 def turn_away(error: ApiError, headers: Pairs | None = None) -> flask.Response:
     """As `_refusal`, for a request that has no place in flight.
 
-    Reading its body away takes a thread all the same: few may at a time, so that some stay free to
-    answer; of the others the body is given up, and with it the connection.
+    To read and discard its body occupies a thread. Only a few requests may do so at once; the connections
+    of the others are closed with their bodies unread.
     """
     incoming = current_request()
     place = incoming.runtime.discards.acquire()
@@ -272,7 +272,7 @@ def _refusal(error: ApiError, headers: Pairs | None = None) -> flask.Response:
     incoming.body.discard()
     secrets = secrets_in(_client_headers(incoming.environ))
     incoming.runtime.journal.refused(incoming.id, incoming.path, secrets, error)
-    response = own(error.status, error.body(incoming.id), [*error.headers, *(headers or [])])
+    response = own_response(error.status, error.body(incoming.id), [*error.headers, *(headers or [])])
     response.call_on_close(incoming.body.end)
     return response
 

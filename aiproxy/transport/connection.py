@@ -56,7 +56,7 @@ _resolver = Resolver()
 Way = tuple[str, str | None, str | None]
 
 
-class Answer(http.client.HTTPResponse):
+class HttpAnswer(http.client.HTTPResponse):
     """http.client's response, with a `begin` of its own.
 
     http.client skips no interim answer but 100, takes a head for whole that ends in the middle, and has it
@@ -181,7 +181,7 @@ def _length(lengths: list[str]) -> int:
 class _Connection(HTTPConnection):
     """A connection on watched sockets, whose connecting is bounded as a whole."""
 
-    response_class = Answer
+    response_class = HttpAnswer
     sock: Any
     _is_head_held = False
     _head = b""

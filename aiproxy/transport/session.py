@@ -85,7 +85,7 @@ class _Session(requests.Session):
         """A redirect is an answer like any other; `send` would read all of its body to prepare the next."""
 
 
-class Response:
+class UpstreamResponse:
     """An upstream's response whose head has come. `close` it in every case."""
 
     def __init__(self, sending: Sending, response: requests.Response) -> None:
@@ -151,7 +151,7 @@ class Transport:
         self._session.mount("https://", self._adapter)
         self._session.mount("demo://", DemoAdapter())
 
-    def send(self, outgoing: Outgoing, waiting: Wait, is_fresh: bool = False) -> Response:
+    def send(self, outgoing: Outgoing, waiting: Wait, is_fresh: bool = False) -> UpstreamResponse:
         """Send a request and wait for the head of its answer. Raises `TransportError`.
 
         `is_fresh`: on a new connection, whatever the pool holds.
@@ -170,7 +170,7 @@ class Transport:
         except _ERRORS as error:
             waiting.release()
             raise failure(sending, error) from None
-        answer = Response(sending, response)
+        answer = UpstreamResponse(sending, response)
         if outgoing.is_forwarded and failures.wants_password(answer.status, response.headers):
             answer.close()
             raise TransportError(Fault.CONNECT, failures.refusal(answer.status, response.reason))

@@ -26,7 +26,10 @@ Result = TypeVar("Result")
 
 
 class Interrupted(Exception):
-    """A wait ended without what was waited for. Not an `OSError`: urllib3 and requests let it pass."""
+    """A wait ended without what was waited for. Not an `OSError`: urllib3 and requests let it pass.
+
+    `session` turns it into a `TransportError`; only `Wait.check` lets it out.
+    """
 
     fault = Fault.TIMEOUT
     detail = "no answer in time"
@@ -37,7 +40,7 @@ class DeadlineExceeded(Interrupted):
 
 
 class Silent(Interrupted):
-    """The upstream sent no whole event for too long."""
+    """The upstream sent no whole event for too long, or the client sent or took nothing."""
 
     detail = "silent for too long"
 
@@ -217,7 +220,7 @@ class Sending:
         self.is_connected = False
         self.is_at_proxy = False  # on the way to a forward proxy, or waiting for its tunnel
         self.is_answered = False  # a byte of the answer arrived
-        self.answer: Any = None  # http.client's response, `connection.Answer`
+        self.answer: Any = None  # http.client's response, `connection.HttpAnswer`
 
 
 _here = threading.local()

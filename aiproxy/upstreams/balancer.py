@@ -155,11 +155,10 @@ class Balancer:
         while (candidate := self._usable(left, model, preferred, price)) is not None:
             left.remove(candidate.upstream)
             yield candidate
-        left.sort(key=lambda upstream: upstream.due(model))
-        for upstream in [each for each in left if not each.breaker.is_open]:
-            yield self._last_resort(upstream, model)
-        for upstream in [each for each in left if each.breaker.is_open]:
-            if progress.may_ask_open_circuits:
+        # Decided once: a circuit may open or close while the request asks the others.
+        last = sorted((each.breaker.is_open, each.due(model), each.name, each) for each in left)
+        for is_open, _, _, upstream in last:
+            if not is_open or progress.may_ask_open_circuits:
                 yield self._last_resort(upstream, model)
 
     def _last_resort(self, upstream: Upstream, model: str) -> Candidate:
@@ -168,7 +167,10 @@ class Balancer:
     def _usable(
         self, left: list[Upstream], model: str, preferred: Sequence[Upstream], price: float
     ) -> Candidate | None:
-        """One that is in use, or a trial that no other process runs."""
+        """The next one that is usable; of a half-open one the trial must be free in all processes.
+
+        Where another process runs the trial, `may_try` gives the permit back.
+        """
         while True:
             found = self._preferred_one(left, model, preferred) or self._turn(left, model, price)
             if found is None:

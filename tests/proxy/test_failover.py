@@ -670,6 +670,32 @@ def test_a_sign_of_life_long_after_sending_commits(upstream, proxy, monkeypatch,
     assert given.read().body.startswith(START + sign + sign)
 
 
+def test_a_late_message_start_alone_commits_nothing(upstream, proxy, monkeypatch):
+    monkeypatch.setattr("aiproxy.proxy.attempt.PATIENCE", 0.1)
+    a = upstream(events([0.2, START, error_event("overloaded_error")]))
+    assert proxy({"base_url": a, "weight": 9}, upstream()).ask(stream=True).upstream == "b"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_head_of_a_wrong_content_type_decides_and_its_body_is_not_awaited(
+    upstream, proxy, monkeypatch, stream
+):
+    monkeypatch.setattr("aiproxy.proxy.attempt.ERROR_BODY_SECONDS", 0.1)
+    one = proxy(
+        {"base_url": upstream(head_only(content_type="text/html", then="hang")), "weight": 9}, upstream()
+    )
+    began = time.monotonic()
+    assert one.ask(stream).upstream == "b"
+    assert time.monotonic() - began < 1
+    assert one.outcomes() == [["failure"], ["success"]]
+
+
+def test_an_error_and_a_stop_in_one_piece_are_an_error(upstream, proxy):
+    last = error_event("overloaded_error") + b'event: message_stop\ndata: {"type":"message_stop"}\n\n'
+    given = proxy(upstream(events([*message_events(["one "])[:4], last]))).ask(stream=True)
+    assert given.ending == "cut"
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_after_a_timeout_the_next_upstream_answers(upstream, proxy, stream):
     a, b = upstream(head_only(then="hang")), upstream()

@@ -427,7 +427,7 @@ def test_the_connection_is_used_again_where_the_end_comes_a_little_later(upstrea
 def test_what_follows_message_stop_holds_nobody_and_is_no_failure(
     upstream, proxy, monkeypatch, framing, then
 ):
-    monkeypatch.setattr("aiproxy.proxy.attempt.AFTER_STOP", 0.1)
+    monkeypatch.setattr("aiproxy.proxy.attempt.END_OF_BODY_SECONDS", 0.1)
     a = upstream(events(EVENTS, framing, then=then))
     one = proxy(a)
     began = time.monotonic()
@@ -439,7 +439,7 @@ def test_what_follows_message_stop_holds_nobody_and_is_no_failure(
 
 
 def test_an_endless_trickle_after_message_stop_holds_nobody(upstream, proxy, monkeypatch):
-    monkeypatch.setattr("aiproxy.proxy.attempt.AFTER_STOP", 0.1)
+    monkeypatch.setattr("aiproxy.proxy.attempt.END_OF_BODY_SECONDS", 0.1)
     a = upstream(events([*EVENTS, *[PING] * 500], gap=0.02))
     one = proxy(a)
     began = time.monotonic()

@@ -413,7 +413,7 @@ def test_a_break_after_a_part_of_a_large_event_completes_nothing(upstream, proxy
 def test_a_body_kept_open_after_message_stop_is_a_success_that_holds_nobody(
     upstream, proxy, monkeypatch, framing
 ):
-    monkeypatch.setattr("aiproxy.proxy.stream.AFTER_STOP", 0.1)
+    monkeypatch.setattr("aiproxy.proxy.stream.END_OF_BODY_SECONDS", 0.1)
     a = upstream(events(EVENTS, framing, then="hang"))
     one = proxy(a)
     began = time.monotonic()
@@ -425,13 +425,13 @@ def test_a_body_kept_open_after_message_stop_is_a_success_that_holds_nobody(
 
 
 def test_an_upstream_has_about_a_second_to_end_a_body_after_message_stop():
-    from aiproxy.proxy.stream import AFTER_STOP
+    from aiproxy.proxy.stream import END_OF_BODY_SECONDS
 
-    assert 0.5 <= AFTER_STOP <= 1.5
+    assert 0.5 <= END_OF_BODY_SECONDS <= 1.5
 
 
 def test_a_trickle_after_message_stop_holds_nobody_either(upstream, proxy, monkeypatch):
-    monkeypatch.setattr("aiproxy.proxy.stream.AFTER_STOP", 0.1)
+    monkeypatch.setattr("aiproxy.proxy.stream.END_OF_BODY_SECONDS", 0.1)
     one = proxy(upstream(events([*EVENTS, *[PING] * 500], gap=0.02)))
     given = one.begin(stream=True)
     while STOP not in given.pieces:

@@ -4,6 +4,7 @@ import itertools
 import threading
 from collections import Counter
 
+import msgspec
 import pytest
 from fakes import Clock
 
@@ -199,3 +200,19 @@ def test_a_candidate_is_settled_once():
     for _ in range(5):
         candidate.fail()
     assert one.breaker.circuit().failures == 1
+
+
+def test_each_is_asked_once_though_circuits_open_and_close_meanwhile():
+    clock = Clock()
+    backing_off, open_one = (upstream(name, clock=clock) for name in "ab")
+    backing_off.breaker.back_off(backing_off.breaker.acquire(), 60)
+    open_circuit(open_one)
+    asked = []
+    for candidate in walk(Balancer([backing_off, open_one])):
+        asked.append(candidate.upstream.name)
+        # Other requests' attempts, begun before, now open the one circuit and close the other.
+        open_one.breaker.close()
+        for _ in range(3):
+            permit = backing_off.breaker.acquire_last_resort()
+            backing_off.breaker.settle(msgspec.structs.replace(permit, kind=Pass.ORDINARY), Outcome.FAILURE)
+    assert asked == ["a", "b"]
