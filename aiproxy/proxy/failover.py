@@ -65,7 +65,7 @@ class Failover:
     def _handle(
         self, exchange: Exchange, candidates: Iterable[Candidate], may_lack: bool = False
     ) -> Reply | None:
-        """The loop. `may_lack`: an upstream that lacks the endpoint is noted in `exchange.lacking`, no more."""
+        """The loop. `may_lack`: an upstream that lacks the endpoint is only noted in `exchange.lacking`."""
         for candidate in candidates:
             exchange.begin(candidate)
             attempt = Attempt(self._tools, candidate, exchange.request)

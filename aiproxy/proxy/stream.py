@@ -1,9 +1,8 @@
 """A committed stream on its way to the client.
 
 It passes on whole events, their bytes as they came; only an event that is too large to be held is passed
-on in parts. Beside that it only notes whether `message_stop`, an
-`error` event and usage figures went by. Whatever happens, it never ends early in a clean way: the Python SDK
-takes a clean early end for success.
+on in parts. Beside that it notes whether `message_stop`, an `error` event and usage figures went by. It never
+ends early in a clean way: the Python SDK takes a clean early end for success.
 """
 
 import re

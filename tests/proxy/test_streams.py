@@ -14,6 +14,7 @@ import zlib
 
 import pytest
 from fakes import (
+    Clock,
     RawClient,
     answer,
     close_now,
@@ -24,7 +25,7 @@ from fakes import (
     gzipped,
     message_events,
 )
-from test_failover import MB, MESSAGE, QUESTION, Clock, Proxy
+from in_process import MB, MESSAGE, QUESTION, Proxy
 
 EVENTS = message_events(["Hel", "lo ", "\N{GRINNING FACE}\u2028"])
 WHOLE = b"".join(EVENTS)

@@ -10,6 +10,7 @@ import time
 import pytest
 from fakes import (
     BeforeBody,
+    Clock,
     RawClient,
     answer,
     close_now,
@@ -28,7 +29,7 @@ from fakes import (
     trickle,
     whole,
 )
-from test_failover import MB, MESSAGE, QUESTION, Clock, Proxy
+from in_process import MB, MESSAGE, QUESTION, Proxy
 
 EVENTS = message_events()
 START, PING, BLOCK, DELTA = EVENTS[:4]
