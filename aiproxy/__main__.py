@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from .config import Config, ConfigError, load, path_from
+from .config import Config, ConfigError, Sources, load, path_from
 
 
 def main(arguments: list[str]) -> int:
@@ -20,7 +20,8 @@ def main(arguments: list[str]) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # names may have signs that the terminal lacks
     try:
         # What a shell puts together, `check <(...)`, can be read once.
-        config = load(file, content=file.read_bytes() if file.is_fifo() else None)
+        sources = Sources(file.read_bytes()) if file.is_fifo() else None
+        config = load(file, sources=sources, is_check=True)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 1

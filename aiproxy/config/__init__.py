@@ -1,6 +1,5 @@
 """YAML file -> frozen, validated settings; every fault names its path, and all are told at once."""
 
-from .document import content_of
 from .schema import load
 from .settings import (
     BreakerSettings,
@@ -15,6 +14,7 @@ from .settings import (
     check_addresses,
     path_from,
 )
+from .sources import Sources, read_sources
 
 __all__ = [
     "BreakerSettings",
@@ -22,12 +22,13 @@ __all__ = [
     "Config",
     "ConfigError",
     "LoggingSettings",
+    "Sources",
     "StateUrl",
     "Substituted",
     "Timeouts",
     "UpstreamSettings",
     "check_addresses",
-    "content_of",
     "load",
     "path_from",
+    "read_sources",
 ]

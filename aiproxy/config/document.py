@@ -49,12 +49,15 @@ class File:
     Faults and warnings come with their place, the index of a character in the file.
     """
 
-    def __init__(self, path: Path, environ: Mapping[str, str], was_good: bool = False) -> None:
+    def __init__(
+        self, path: Path, environ: Mapping[str, str], was_good: bool = False, is_check: bool = False
+    ) -> None:
         name = str(path)
         self.name = name if name.isprintable() else json.dumps(name)
         self.directory = path.parent.absolute()
         self.environ = environ
         self.was_good = was_good
+        self.is_check = is_check  # nothing is served: what an old file may hold is a fault, too
         self.substituted: set[str] = set()
         self.faults: list[tuple[int, str]] = []
         self.warnings: list[tuple[int, str]] = []

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from .document import Fault, File, Value, in_order, parse, shown, variables
+from .document import LARGEST, Fault, File, Value, in_order, parse, shown, variables
 from .readers import (
     above_zero,
     boolean,
@@ -39,6 +39,7 @@ from .settings import (
     UpstreamSettings,
     is_loopback,
 )
+from .sources import Sources, env_file_of, read_sources, variables_of
 
 # Underscores are for the names of containers.
 _LABEL = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?", re.IGNORECASE | re.ASCII)
@@ -153,7 +154,8 @@ def _base_url(value: Value) -> str:
     if not parts or not _is_url_host(parts["host"]) or not 0 < int(parts["port"] or 443) <= 65535:
         return value.refuse("http:// or https:// and a host, such as https://api.anthropic.com")
     if ending := re.search(r"/v1(/messages)?$", text):
-        value.warn(
+        note = value.fault if value.file.is_check else value.warn
+        note(
             f"ends in {ending[0]}: base_url is what ANTHROPIC_BASE_URL would be, /v1/messages is appended "
             "to it as it stands"
         )
@@ -177,12 +179,12 @@ def _proxy(value: Value) -> str:
 def _state(value: Value) -> StateUrl | None:
     """It may hold a password, so no fault shows it."""
     text = value.text()
-    if text.lower() == "memory":
+    if text.lower() in ("local", "memory"):  # the second is the old name
         return None
     parts = _REDIS.fullmatch(text)
     if not parts or (parts["host"] and not _is_url_host(parts["host"])) or int(parts["port"] or 6379) > 65535:
         raise Fault(
-            "is neither memory nor the URL of a Redis server, expected redis://HOST:PORT/DATABASE, "
+            "is neither local nor the URL of a Redis server, expected redis://HOST:PORT/DATABASE, "
             "rediss://:PASSWORD@HOST:PORT or unix:///PATH, with other signs than letters, digits and -._~ of "
             "user and password percent-encoded"
         )
@@ -296,6 +298,13 @@ def _log_file(value: Value) -> str:
     return str(path)
 
 
+def _env_file(value: Value) -> str:
+    """The name of a file of NAME=value lines; `load` has read it by now."""
+    if not value.is_text or not (name := value.literal().strip()) or not name.isprintable():
+        value.refuse("the path of a file with NAME=value lines")
+    return name
+
+
 def _client_key(value: Value) -> ClientKey:
     """A key alone, or `{name, key}`; one without a name is called after its place."""
     if not value.is_mapping:
@@ -360,6 +369,8 @@ def _check_way(value: Value, base_url: str, found: Mapping[str, Any]) -> None:
     for key in ("proxy", "ca_bundle"):
         if key in found and base_url.startswith("demo:"):
             value.fault("is of no use to a demo, which makes no connection, expected none", key)
+    if base_url.startswith("http:") and not is_loopback(urlsplit(base_url).hostname or ""):
+        value.warn("is http:// to another host: the token goes over the network in clear", "base_url")
     if "ca_bundle" in found and base_url.startswith("http:"):
         value.warn("is of no use: base_url is http://, which knows no certificates", "ca_bundle")
 
@@ -427,6 +438,7 @@ _CONFIG: dict[str, Callable[[Value], Any]] = {
     "max_in_flight": whole("a whole number, 1 or more", 1),
     "workers": _workers,
     "state": hidden(_state),
+    "env_file": _env_file,
     "admin_key": hidden(_admin_key),
     "upstreams": _upstreams,
 }
@@ -435,16 +447,21 @@ _CONFIG: dict[str, Callable[[Value], Any]] = {
 def load(
     path: Path,
     environ: Mapping[str, str] = os.environ,
-    content: bytes | None = None,
+    sources: Sources | None = None,
     was_good: bool = False,
+    is_check: bool = False,
 ) -> Config:
     """Read, check and freeze the configuration; raises `ConfigError` with all of its faults.
 
-    `content`: the file's, where it has been read already. `was_good`: it has been in force, so that other
-    files which are gone since are no reason to refuse it.
+    `sources`: what has been read already. `was_good`: it has been in force, so that other files which are
+    gone since are no reason to refuse it. `is_check`: it is not to be served; faults that old files may have
+    are told, too.
     """
-    file = File(path, environ, was_good)
-    root = parse(file, path, content)
+    sources = read_sources(path) if sources is None else sources
+    file = File(path, environ, was_good, is_check)
+    root = parse(file, path, sources.config)
+    if env_file := env_file_of(sources.config or b""):
+        file.environ = {**environ, **_variables(path.parent / env_file, sources.env)}
     found = root.read(lambda value: value.fields(_CONFIG))
     if found is not None and "upstreams" not in found:
         root.fault("is missing, expected a list with at least one upstream", "upstreams")
@@ -458,6 +475,15 @@ def load(
         found["unix_socket" if is_local else "port"] = listen
     substituted = Substituted(frozenset(file.substituted))
     return Config(**found, warnings=in_order(file.warnings), substituted=substituted)
+
+
+def _variables(path: Path, content: bytes | None) -> dict[str, str]:
+    """The variables of the `env_file`. Raises `ConfigError`."""
+    if content is None:
+        raise ConfigError([f"{path}: cannot be read, expected the env_file that the configuration names"])
+    if len(content) > LARGEST:
+        raise ConfigError([f"{path}: is larger than 1 MB, expected NAME=value lines"])
+    return variables_of(str(path), content)
 
 
 def _check_anonymous(root: Value, bind: str | None) -> None:

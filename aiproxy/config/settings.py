@@ -155,6 +155,7 @@ class Config(msgspec.Struct, frozen=True):
     max_in_flight: int | None = None
     workers: int = 1
     state: StateUrl | None = None
+    env_file: str | None = None
     admin_key: ClientKey | None = None
     upstreams: tuple[UpstreamSettings, ...] = ()
     warnings: tuple[str, ...] = ()

@@ -49,7 +49,8 @@ class Hooks:
             begun = start(path_from(os.environ), last_good=None)
         except ConfigError as error:
             sys.exit(str(error))
-        LastGood.create(begun.content, os.environ)
+        self._directory = _runtime_directory()
+        LastGood.create(self._directory, begun.sources, os.environ)
         self.config: Config = begun.config
         logs.configure(self.config.logging)
 
@@ -60,6 +61,9 @@ class Hooks:
         if file and server.cfg.uid != os.geteuid():
             with contextlib.suppress(OSError):  # a device, say
                 os.chown(file, server.cfg.uid, server.cfg.gid)
+        for path in (self._directory, *self._directory.glob("accepted-*")):
+            if server.cfg.uid != os.geteuid():
+                os.chown(path, server.cfg.uid, server.cfg.gid)
         os.environ.pop(METRICS, None)  # of the gunicorn that this one takes the place of
         if server.cfg.workers > 1:
             # In memory: a file on a full disk, mapped as these are, would kill the process that writes.
@@ -107,6 +111,15 @@ class Hooks:
             logs.line(level, "start", message=text)
         else:
             print(f"warning: {text}" if level == logging.WARNING else text, flush=True)
+
+
+def _runtime_directory() -> Path:
+    """The instance's own: systemd's `RUNTIME_DIRECTORY`, else one that ends with this process."""
+    if given := os.environ.get("RUNTIME_DIRECTORY"):
+        return Path(given.partition(":")[0])
+    made = tempfile.mkdtemp(prefix="aiproxy-")
+    atexit.register(_remove, made, os.getpid())
+    return Path(made)
 
 
 def _remove(folder: str, owner: int) -> None:

@@ -4,9 +4,8 @@ A thread of each worker looks at the file's content, so that a rewrite, a rename
 symbolic link are all the same. What taking a configuration up means is the service's matter.
 """
 
-import fcntl
+import logging
 import os
-import struct
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, MutableMapping
@@ -15,7 +14,7 @@ from typing import Any, Protocol, Self
 
 import msgspec
 
-from ..config import ClientKey, Config, ConfigError, StateUrl, UpstreamSettings, content_of, load
+from ..config import ClientKey, Config, ConfigError, Sources, StateUrl, UpstreamSettings, load, read_sources
 from ..observability import logs
 
 #: Seconds between two looks. A change is taken up at the second look that finds it: at the first an
@@ -23,21 +22,20 @@ from ..observability import logs
 LOOK = 0.75
 #: Looks until a configuration that was refused is tried again.
 _LOOKS_REFUSED = 2
-#: Where `LastGood` is: the number of a file descriptor.
+#: The environment variable that names `LastGood`'s file.
 LAST_GOOD = "AIPROXY_LAST_GOOD"
 
 #: Settings that gunicorn reads once, at its start.
 _NEED_RESTART = ("bind", "listen", "workers", "state")
 #: Told otherwise: warnings by themselves, the others as `listen`.
 _LEFT_OUT = ("warnings", "port", "unix_socket", "substituted")
-_LENGTH = struct.Struct("Q")
 _LONGEST_SHOWN = 60
 
 
 class Service(Protocol):
     """Who works with the configuration."""
 
-    def apply(self, config: Config, content: bytes) -> None: ...
+    def apply(self, config: Config, digest: str) -> None: ...
 
     def refuse(self, faults: Iterable[str]) -> None: ...
 
@@ -45,64 +43,61 @@ class Service(Protocol):
 
 
 class LastGood:
-    """The content of the configuration that was in force last, in memory that all workers share.
+    """The text of the configuration that was accepted last, in a file that all workers share.
 
-    A worker that is started while the file is faulty takes this one, so that a bad edit by day and a
-    crash by night do not end the service. A memory file, since keys may stand in there.
+    A worker that starts while the configuration is faulty serves this one, so that a bad edit by day and a
+    crash by night do not end the service.
     """
 
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
+    def __init__(self, path: Path) -> None:
+        self._path = path
 
     @classmethod
-    def create(cls, content: bytes, environ: MutableMapping[str, str]) -> None:
-        """In gunicorn's master, before it forks workers: they inherit it, and find it by `environ`."""
-        descriptor = os.memfd_create("aiproxy-config")
-        environ[LAST_GOOD] = str(descriptor)
-        cls(descriptor).keep(content)
+    def create(cls, directory: Path, sources: Sources, environ: MutableMapping[str, str]) -> None:
+        """In gunicorn's master, before it starts workers: they find it by `environ`."""
+        path = directory / "accepted-configuration"
+        cls(path).keep(sources)
+        environ[LAST_GOOD] = str(path)
 
     @classmethod
     def of(cls, environ: Mapping[str, str]) -> Self | None:
         """The one that the master created, None under another server."""
-        return cls(int(environ[LAST_GOOD])) if LAST_GOOD in environ else None
+        return cls(Path(environ[LAST_GOOD])) if environ.get(LAST_GOOD) else None
 
-    def keep(self, content: bytes) -> None:
-        """Remember the content: in one write, in the middle of which no process is killed."""
-        fcntl.lockf(self._descriptor, fcntl.LOCK_EX)
-        try:
-            os.pwrite(self._descriptor, _LENGTH.pack(len(content)) + content, 0)
-        finally:
-            fcntl.lockf(self._descriptor, fcntl.LOCK_UN)
+    def keep(self, sources: Sources) -> None:
+        """Replace the text; a reader gets the old or the new one. Keys may stand in there: mode 0600."""
+        new = self._path.with_name(f"{self._path.name}.{os.getpid()}")
+        with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            file.write(msgspec.msgpack.encode(sources))
+        new.replace(self._path)
 
-    def content(self) -> bytes:
-        """What was kept last."""
-        fcntl.lockf(self._descriptor, fcntl.LOCK_EX)
+    def sources(self) -> Sources | None:
+        """What was kept last, None where it cannot be read."""
         try:
-            (length,) = _LENGTH.unpack(os.pread(self._descriptor, _LENGTH.size, 0))
-            return os.pread(self._descriptor, length, _LENGTH.size)
-        finally:
-            fcntl.lockf(self._descriptor, fcntl.LOCK_UN)
+            return msgspec.msgpack.decode(self._path.read_bytes(), type=Sources)
+        except (OSError, msgspec.DecodeError):
+            return None
 
 
 class Start(msgspec.Struct, frozen=True):
     """What a worker starts with."""
 
     config: Config
-    content: bytes  # the configuration's
-    found: bytes | None  # the file's as it was found, None where it could not be read
-    faults: tuple[str, ...] = ()  # why that is not in force
+    sources: Sources  # the configuration's
+    found: Sources  # the files as they were found
+    faults: tuple[str, ...] = ()  # why these are not in force
 
 
 def start(path: Path, last_good: LastGood | None) -> Start:
     """The file's configuration, else the last good one. Raises `ConfigError` where there is neither."""
-    found = _content(path)
+    found = read_sources(path)
     try:
-        return Start(load(path, content=found), found or b"", found)
+        return Start(load(path, sources=found), found, found)
     except ConfigError as error:
-        if last_good is None:
+        sources = last_good.sources() if last_good is not None else None
+        if sources is None:
             raise
-        content = last_good.content()
-        return Start(load(path, content=content, was_good=True), content, found, error.faults)
+        return Start(load(path, sources=sources, was_good=True), sources, found, error.faults)
 
 
 class Follower:
@@ -131,31 +126,35 @@ class Follower:
 
         One that was refused is handled again from time to time: the fault may have been in another file.
         """
-        content = _content(self._path)
+        found = read_sources(self._path)
         self._patience -= 1
-        is_due = content != self._handled or (self._refused and self._patience <= 0)
-        if content == self._seen and is_due:
-            self._handled = content
-            self._handle(content)
-        self._seen = content
+        is_due = found != self._handled or (self._refused and self._patience <= 0)
+        if found == self._seen and is_due:
+            self._handled = found
+            self._handle(found)
+        self._seen = found
 
-    def _handle(self, content: bytes | None) -> None:
+    def _handle(self, found: Sources) -> None:
         began = time.monotonic()
         try:
-            config = load(self._path, content=content)
-            if content is None:
+            config = load(self._path, sources=found)
+            if found.config is None:
                 return  # it is there again: the next look reads it
-            self._service.apply(config, content)
+            self._service.apply(config, found.digest)
         except ConfigError as error:
             if error.faults != self._refused:
                 self._service.refuse(error.faults)
             self._refused = error.faults
             # A large file that is faulty shall not keep the parser busy.
             self._patience = _LOOKS_REFUSED + int(20 * (time.monotonic() - began) / LOOK)
-        else:
-            self._refused = ()
-            if self._last_good is not None:
-                self._last_good.keep(content)
+            return
+        self._refused = ()
+        if self._last_good is not None:
+            try:
+                self._last_good.keep(found)
+            except OSError as error:
+                reason = f"the accepted configuration cannot be kept: {error.strerror}"
+                logs.line(logging.WARNING, "reload", warning=reason)
 
     def _run(self) -> None:
         while not self._stopped.wait(LOOK):
@@ -164,13 +163,6 @@ class Follower:
                 self._service.update_gauges()
             except Exception:  # a bug must not end the following
                 logs.exception("bug", thread="reload")
-
-
-def _content(path: Path) -> bytes | None:
-    try:
-        return content_of(path)
-    except OSError:
-        return None
 
 
 def changes(old: Config, new: Config) -> list[str]:

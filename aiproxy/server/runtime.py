@@ -4,7 +4,6 @@ A new configuration means new `Runtime`, put in the place of the old in one step
 way keep those by which they came in, and so end as they began.
 """
 
-import hashlib
 import logging
 import os
 import socket
@@ -86,7 +85,7 @@ class Service:
 
     def follow(self, path: Path, begun: Start, last_good: LastGood | None) -> None:
         """Take up what becomes of the file, once `serve` says that this process serves."""
-        self.digest = _digest(begun.content)
+        self.digest = begun.sources.digest
         if begun.faults:  # another process has counted them
             self._refuse(begun.faults)
         self._follower = Follower(path, begun, self, last_good)
@@ -104,7 +103,7 @@ class Service:
         """How a request on this client's connection waits."""
         return Serving(Wait(client, self._shutdown), self.runtime.config.timeouts.idle)
 
-    def apply(self, config: Config, content: bytes) -> None:
+    def apply(self, config: Config, digest: str) -> None:
         """Serve by another configuration from now on. Raises `ConfigError` where its addresses forbid it.
 
         Upstreams that stay keep the state of their circuits and their place in the round robin.
@@ -119,7 +118,7 @@ class Service:
             (each.settings.base_url, each.settings.proxy, each.settings.ca_bundle)
             for each in self.runtime.balancer.upstreams
         )
-        self.taken_up, self.digest, self.faults = time.time(), _digest(content), ()
+        self.taken_up, self.digest, self.faults = time.time(), digest, ()
         said = "; ".join(changes(old.config, config)) or "none"
         self.metrics.reloaded("applied")
         logs.line(logging.INFO, "reload", result="applied", configuration=self.digest, changes=said)
@@ -315,8 +314,3 @@ def _server_name(addresses: list[Any]) -> str:
     """What people call this gunicorn: the machine, and the port or socket."""
     places = [each[1] if isinstance(each, tuple) else each for each in addresses]
     return ":".join(map(str, [socket.gethostname(), *places]))
-
-
-def _digest(content: bytes) -> str:
-    """What a configuration file is called, for people who compare two."""
-    return hashlib.sha256(content).hexdigest()[:12]

@@ -1,7 +1,9 @@
 """The configuration file followed: what is taken up, what is refused, what is said of it, what is kept."""
 
+import hashlib
 import os
 import re
+import stat
 import threading
 import time
 
@@ -11,7 +13,7 @@ import yaml
 from fakes import RawClient, error, events, message_events
 
 from aiproxy.api import MESSAGES
-from aiproxy.config import ConfigError, load
+from aiproxy.config import ConfigError, Sources, load, read_sources
 from aiproxy.server.reload import Follower, LastGood, changes, start
 
 ASK = {"model": "claude-x", "messages": [{"role": "user", "content": "Hi"}]}
@@ -27,10 +29,10 @@ class Taker:
         self.faults = []
         self._unsafe = unsafe
 
-    def apply(self, config, content):
+    def apply(self, config, digest):
         if self._unsafe:
             raise ConfigError(self._unsafe)
-        self.taken.append((config, content))
+        self.taken.append((config, digest))
 
     def refuse(self, faults):
         self.faults.append(list(faults))
@@ -79,8 +81,8 @@ def test_a_change_is_taken_up_once_at_the_second_look(path):
     assert taker.taken == []
     for _ in range(4):
         follower.look()
-    ((config, content),) = taker.taken
-    assert (config.max_in_flight, content) == (7, path.read_bytes())
+    ((config, digest),) = taker.taken
+    assert (config.max_in_flight, digest) == (7, hashlib.sha256(path.read_bytes()).hexdigest()[:12])
 
 
 def test_a_file_that_is_being_written_is_waited_for(path):
@@ -147,7 +149,7 @@ def test_what_the_service_finds_unsafe_is_refused(path):
 
 def test_a_worker_that_starts_while_the_file_is_faulty_has_the_last_good_one(path):
     environ = {}
-    LastGood.create(path.read_bytes(), environ)
+    LastGood.create(path.parent, read_sources(path), environ)
     last_good = LastGood.of(environ)
     taker = Taker()
     follower = Follower(path, start(path, last_good), taker, last_good)
@@ -159,9 +161,9 @@ def test_a_worker_that_starts_while_the_file_is_faulty_has_the_last_good_one(pat
     follower.look()
     begun = start(path, LastGood.of(environ))
     assert begun.config.max_in_flight == 7
-    assert begun.found == b"upstreams: ["
+    assert begun.found.config == b"upstreams: ["
     assert begun.faults == tuple(taker.faults[0])
-    os.close(int(next(iter(environ.values()))))
+    assert stat.S_IMODE(os.stat(environ["AIPROXY_LAST_GOOD"]).st_mode) == 0o600
 
 
 def test_without_a_last_good_one_a_faulty_file_ends_the_start(path):
@@ -355,19 +357,34 @@ def test_a_file_that_was_refused_is_taken_up_once_what_it_lacked_is_there(path):
 
 def test_a_worker_that_starts_bears_with_a_last_good_one_whose_other_files_are_gone(path):
     with_ca_bundle(path)
-    LastGood.create(path.read_bytes(), environ := {})
+    LastGood.create(path.parent, read_sources(path), environ := {})
     begun = start(path, LastGood.of(environ))
     assert begun.config.upstreams[0].ca_bundle == str(path.parent / "ca.pem")
     assert len(begun.faults) == 1
-    os.close(int(environ["AIPROXY_LAST_GOOD"]))
 
 
-def test_a_shorter_content_leaves_nothing_of_a_longer_one():
-    LastGood.create(b"long" * 100, environ := {})
-    last_good = LastGood.of(environ)
-    last_good.keep(b"short")
-    assert last_good.content() == b"short"
-    os.close(int(environ["AIPROXY_LAST_GOOD"]))
+def test_a_last_good_one_that_is_gone_or_broken_ends_the_start_with_the_faults_of_the_file(path):
+    LastGood.create(path.parent, read_sources(path), environ := {})
+    path.write_bytes(b"upstreams: [")
+    for spoil in (lambda kept: kept.write_bytes(b"?"), lambda kept: kept.unlink()):
+        spoil(path.parent / "accepted-configuration")
+        with pytest.raises(ConfigError):
+            start(path, LastGood.of(environ))
+
+
+def test_a_changed_env_file_is_taken_up_and_a_faulty_one_is_refused(path):
+    keys = path.parent / "keys"
+    keys.write_text("KEY=sk-test-one")
+    write(path, [ONE], env_file="keys", api_keys=[{"name": "alice", "key": "${KEY}"}])
+    taker, follower = followed(path)
+    keys.write_text("KEY=sk-test-two")
+    follower.look()
+    follower.look()
+    assert [config.api_keys[0].key for config, _ in taker.taken] == ["sk-test-two"]
+    keys.write_text("KEY")
+    follower.look()
+    follower.look()
+    assert taker.faults == [[f"{keys}: line 1: is not of the form NAME=value"]]
 
 
 def test_a_fifo_in_the_file_s_place_holds_nothing_up(path):
@@ -385,12 +402,13 @@ def test_a_fifo_in_the_file_s_place_holds_nothing_up(path):
 def test_what_a_variable_stands_for_is_not_told_whatever_the_setting(path):
     text = "upstreams: [{name: a, base_url: 'https://a.test/%s', token: sk-test-a}]"
     old, new = (
-        load(path, {"KEY": "very-secret"}, content=(text % last).encode()) for last in ("${KEY}", "plain")
+        load(path, {"KEY": "very-secret"}, sources=Sources((text % last).encode()))
+        for last in ("${KEY}", "plain")
     )
     assert changes(old, new) == changes(new, old) == ["upstreams.a.base_url: changed"]
 
 
 def test_models_are_told_in_order(path):
     text = "upstreams: [{name: a, base_url: 'https://a.test', token: sk-test-a, available_models: %s}]"
-    old, new = (load(path, {}, content=(text % models).encode()) for models in ("[c, a, b]", "[]"))
+    old, new = (load(path, {}, sources=Sources((text % models).encode())) for models in ("[c, a, b]", "[]"))
     assert changes(old, new) == ["upstreams.a.available_models: a, b, c -> none"]

@@ -11,7 +11,7 @@ GOOD = """
 api_keys: [{name: alice, key: sk-test-alice}]
 upstreams:
   - {name: main, base_url: "https://api.example.com", token: sk-test-main, weight: 3}
-  - {name: spare, base_url: "https://spare.example.com/v1", token: sk-test-b, available_models: [claude-x]}
+  - {name: spare, base_url: "http://spare.example.com", token: sk-test-b, available_models: [claude-x]}
   - {name: old, base_url: "https://old.example.com", token: sk-test-old, enabled: false}
 """
 
@@ -43,7 +43,7 @@ def test_a_good_file_is_summed_up_with_its_warnings_and_without_a_secret(path):
             f"{path}: good",
             "  listens on 127.0.0.1:8080, serves clients with one of 1 api_keys",
             "  upstream main: https://api.example.com, 75% of the requests, every model",
-            "  upstream spare: https://spare.example.com/v1, 25% of the requests, claude-x",
+            "  upstream spare: http://spare.example.com, 25% of the requests, claude-x",
             "  upstream old: https://old.example.com, not enabled, every model",
         ],
     )
@@ -98,3 +98,17 @@ def test_an_address_from_the_environment_is_not_shown(path):
     done = check(path, KEY="very-secret")
     assert "very-secret" not in done.stdout
     assert "upstream a: an address from the environment" in done.stdout
+
+
+def test_a_base_url_with_the_api_s_path_is_a_fault_here_though_a_start_only_warns(path):
+    path.write_text(GOOD.replace("https://old.example.com", "https://old.example.com/v1"))
+    done = check(path)
+    assert done.returncode == 1
+    assert "upstreams[2].base_url: ends in /v1" in done.stderr
+
+
+def test_keys_of_the_env_file_are_read(path):
+    path.write_text("env_file: keys\n" + GOOD.replace("sk-test-main", '"${MAIN}"'))
+    assert f"{path.parent / 'keys'}: cannot be read" in check(path).stderr
+    (path.parent / "keys").write_text("MAIN=sk-test-of-the-file\n")
+    assert check(path).returncode == 0

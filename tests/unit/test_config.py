@@ -146,7 +146,7 @@ def test_every_setting_is_read(loader: Loader) -> None:
             available_models: ["claude-opus"]
             must_stream: true
             headers: {X-Team: "blue"}
-          - {name: spare, base_url: "http://10.0.0.7:8080", token: t0ken, enabled: false}
+          - {name: spare, base_url: "https://10.0.0.7:8080", token: t0ken, enabled: false}
         """
     )
     primary = UpstreamSettings(
@@ -160,7 +160,7 @@ def test_every_setting_is_read(loader: Loader) -> None:
         must_stream=True,
         headers={"x-team": "blue"},
     )
-    spare = UpstreamSettings(name="spare", base_url="http://10.0.0.7:8080", token="t0ken", enabled=False)
+    spare = UpstreamSettings(name="spare", base_url="https://10.0.0.7:8080", token="t0ken", enabled=False)
     assert config == Config(
         bind="::1",
         port=9000,
@@ -1296,7 +1296,7 @@ def test_a_ca_bundle_that_is_none_is_a_fault(loader: Loader, written: str, told:
 
 def test_a_ca_bundle_for_an_upstream_without_tls_is_a_warning(loader: Loader) -> None:
     (loader.path.parent / "ca.pem").write_text(LOOPBACK_CERT)
-    (warning,) = loader(one_upstream('base_url: "http://a"', "ca_bundle: ca.pem")).warnings
+    (warning,) = loader(one_upstream('base_url: "http://127.0.0.1"', "ca_bundle: ca.pem")).warnings
     told = "upstreams[0].ca_bundle: is of no use: base_url is http://, which knows no certificates"
     assert warning.endswith(told)
     assert loader(one_upstream("ca_bundle: ca.pem")).warnings == ()
@@ -1493,7 +1493,7 @@ def test_any_other_state_is_a_fault_that_does_not_show_it(loader: Loader, url: s
         loader.fault(f'state: "{url}"{UPSTREAMS}'),
         loader.fault(f'state: "${{STATE}}"{UPSTREAMS}', STATE=url),
     ):
-        assert told.startswith("state: is neither memory nor the URL of a Redis server, expected ")
+        assert told.startswith("state: is neither local nor the URL of a Redis server, expected ")
         assert "t0ken" not in told
 
 
@@ -1537,3 +1537,56 @@ def test_what_variables_stand_for_is_known_and_not_shown(loader: Loader) -> None
     assert config.substituted.are_in("https://a.test/very-secret/")
     assert "very-secret" not in repr(config.substituted)
     assert not config.substituted.are_in("https://a.test/")
+
+
+# --------------------------------------------------------------------------------- the file of variables
+
+
+def test_a_variable_of_the_env_file_wins_over_the_environment(loader: Loader, tmp_path: Path) -> None:
+    lines = ["# people", "", "ONE = 'sk-test one'", 'export TWO="sk-test-two"', "THREE=sk-test=three "]
+    (tmp_path / "keys").write_text("\n".join(lines))
+    keys = "[{name: a, key: '${TWO}'}, {name: b, key: '${THREE}'}, {name: c, key: '${FOUR}'}]"
+    config = loader.settings(f"env_file: keys\napi_keys: {keys}", TWO="not this", FOUR="sk-test-four")
+    assert [each.key for each in config.api_keys] == ["sk-test-two", "sk-test=three", "sk-test-four"]
+    assert "sk-test" not in repr(config)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"A=1\nsk-test-secret\n", "line 2: is not of the form NAME=value"),
+        (b"9=sk-test-secret", "line 1: is not of the form NAME=value"),
+        (b"A=sk-test-secret\nA=2", "line 2: A is given twice, expected once"),
+        (b"A=sk-test-secret\xff", "is not UTF-8 (byte 17), expected text in UTF-8"),
+        (b"#" * 1_100_000, "is larger than 1 MB, expected NAME=value lines"),
+        (None, "cannot be read, expected the env_file that the configuration names"),
+    ],
+)
+def test_a_faulty_env_file_is_told_without_a_value(
+    loader: Loader, tmp_path: Path, content: bytes | None, told: str
+) -> None:
+    if content is not None:
+        (tmp_path / "keys").write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        loader.settings("env_file: keys")
+    assert caught.value.faults == (f"{tmp_path / 'keys'}: {told}",)
+
+
+@pytest.mark.parametrize(
+    ("base_url", "warns"),
+    [
+        ("http://gateway.example.com", True),
+        ("http://10.0.0.7:80", True),
+        ("http://127.0.0.1:1", False),
+        ("http://localhost:1", False),
+        ("http://[::1]:1", False),
+        ("https://gateway.example.com", False),
+    ],
+)
+def test_a_token_that_goes_in_clear_to_another_host_draws_a_warning(
+    loader: Loader, base_url: str, warns: bool
+) -> None:
+    warnings = loader(one_upstream(f'base_url: "{base_url}"')).warnings
+    assert [each.partition(": ")[2] for each in warnings] == [
+        "upstreams[0].base_url: is http:// to another host: the token goes over the network in clear"
+    ] * warns
