@@ -66,10 +66,8 @@ class Hooks:
                 os.chown(path, server.cfg.uid, server.cfg.gid)
         os.environ.pop(METRICS, None)  # of the gunicorn that this one takes the place of
         if server.cfg.workers > 1:
-            # In memory: a file on a full disk, mapped as these are, would kill the process that writes.
-            memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()
-            _remove_what_is_left(Path(memory))
-            os.environ[METRICS] = tempfile.mkdtemp(prefix=f"{_FOLDER}{os.getpid()}-", dir=memory)
+            prefix = f"{_FOLDER}{os.getpid()}-"
+            os.environ[METRICS] = tempfile.mkdtemp(prefix=prefix, dir=_metrics_directory())
             atexit.register(_remove, os.environ[METRICS], os.getpid())  # also where the start fails
             os.chown(os.environ[METRICS], server.cfg.uid, server.cfg.gid)
 
@@ -128,12 +126,30 @@ def _remove(folder: str, owner: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _remove_what_is_left(memory: Path) -> None:
-    """Of gunicorns that were killed."""
+def _metrics_directory() -> Path:
+    """Where workers share their figures: the instance's runtime directory, else shared memory.
+
+    Always in memory: on a full disk a file that is mapped, as these are, kills the process that writes.
+    """
+    if "RUNTIME_DIRECTORY" in os.environ:  # systemd empties it at each start
+        return _runtime_directory()
+    memory = Path("/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir())
     for folder in memory.glob(f"{_FOLDER}*"):
         owner = folder.name.removeprefix(_FOLDER).partition("-")[0]
-        if owner.isdecimal() and not Path("/proc", owner).exists():
+        if owner.isdecimal() and not _is_running(int(owner)):
             shutil.rmtree(folder, ignore_errors=True)
+    return memory
+
+
+def _is_running(pid: int) -> bool:
+    """Whether there is such a process. /proc does not show all of them where systemd hides some."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is another user's
+        return True
+    return True
 
 
 def _example(config: Config, address: str) -> str:

@@ -550,6 +550,14 @@ def test_the_next_start_removes_what_a_killed_one_left(serve, config_of, upstrea
     assert not mine & folders()
 
 
+def test_figures_are_in_the_runtime_directory_where_there_is_one(tmp_path, serve, config_of, upstream):
+    before = folders()
+    served = serve(config_of([upstream()]), workers=2, env={"RUNTIME_DIRECTORY": str(tmp_path)})
+    await_text(served, 'aiproxy_circuit_state{state="closed",upstream="a"} 2.0')
+    assert folders() == before
+    assert [path.name for path in tmp_path.glob("aiproxy-metrics-*")]
+
+
 def test_a_refused_file_counts_once_however_many_workers_start_while_it_lies_there(
     tmp_path, serve, config_of, upstream
 ):
