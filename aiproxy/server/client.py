@@ -43,11 +43,11 @@ class Serving:
             self.wait.for_client(event, max(0.0, seconds), may_leave=True)
 
     def send(self, call: Callable[..., int], data: Any) -> None:
-        """Call until all is sent. Raises `BrokenPipeError`: gunicorn takes it for a client that left."""
+        """Call until all is sent, of a buffer of bytes. Raises `BrokenPipeError`: gunicorn takes it for a client that left."""
         sent, latest = 0, float("inf")
         while True:
             try:
-                sent += call(memoryview(data)[sent:] if sent else data)
+                sent += call(memoryview(data)[sent:])
             except _WOULD_BLOCK as error:
                 event = _event(error, select.POLLOUT)
             else:
@@ -89,7 +89,11 @@ class ClientSocket(socket.socket):
         """See `Serving.send`."""
         if self.serving is None:
             return super().sendall(data, flags)
-        return self.serving.send(super().send, data)
+        try:
+            sent = self.send(data)  # nearly always all of it
+        except BlockingIOError:
+            sent = 0
+        return None if sent == len(data) else self.serving.send(self.send, memoryview(data)[sent:])
 
 
 class TlsClientSocket(ssl.SSLSocket):

@@ -20,6 +20,7 @@ from ..policy import Fault
 #: Seconds before a stopping worker's end at which the requests that are left are ended; half of its
 #: time where that is less.
 LAST_SECONDS = 2.0
+_READABLE = select.POLLIN
 _NO_LIMIT = 1e6  # seconds; poll() takes no infinity
 
 Result = TypeVar("Result")
@@ -260,9 +261,9 @@ class WatchedSocket(socket.socket):
         """Receive at least one byte; 0 at the end."""
         if self.is_looked_into:
             raise _nothing_is_buffered()
-        wait = self.sending.wait
+        wait, descriptor = self.sending.wait, self.fileno()
         while True:
-            wait.until(self.fileno(), select.POLLIN)
+            wait.until(descriptor, _READABLE)
             try:
                 return _receive(self, buffer, nbytes, flags)
             except BlockingIOError:
