@@ -20,6 +20,7 @@ from ..api.usage import Usage
 from ..config import Timeouts
 from ..errors import error_body, type_of_status
 from ..observability import logs
+from ..observability.redaction import Redactor
 from ..policy import Fault, Problem, status_of_type
 from ..transport.failures import TransportError
 from ..transport.session import Outgoing, Transport, UpstreamResponse
@@ -85,7 +86,7 @@ class Tools(msgspec.Struct, frozen=True):
 
     transport: Transport
     timeouts: Timeouts
-    redactor: logs.Redactor
+    redactor: Redactor
 
 
 class Attempt:
@@ -161,8 +162,13 @@ class Attempt:
         return self._tools.transport.send(outgoing, self._wait, is_fresh=True)
 
     def _log_headers(self, of: str, headers: Pairs) -> None:
-        self._tools.redactor.headers(
-            headers, self._request.secrets, id=self._request.id, of=of, upstream=self.upstream.name
+        logs.headers(
+            self._tools.redactor,
+            headers,
+            self._request.secrets,
+            id=self._request.id,
+            of=of,
+            upstream=self.upstream.name,
         )
 
     def _whole(self, response: UpstreamResponse) -> Answer | Failure:

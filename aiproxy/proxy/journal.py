@@ -11,9 +11,10 @@ import msgspec
 from ..api import MESSAGES
 from ..api.usage import Usage
 from ..errors import ApiError
+from ..observability import logs
 from ..observability.history import History
-from ..observability.logs import FIELD, Redactor
 from ..observability.metrics import Metrics
+from ..observability.redaction import FIELD, Redactor
 from ..policy import Cost, Fault
 from .attempt import Attempt, Failure
 from .outcome import Outcome
@@ -57,7 +58,8 @@ class Journal:
         """An attempt came to its commit point, or failed before it; `cost`: what the failure cost."""
         verdict = "answered" if failure is None else cost.value
         error = failure.body[:_ERROR_READ].decode(errors="replace") if failure and failure.body else None
-        self.redactor.line(
+        logs.redacted(
+            self.redactor,
             logging.INFO if failure is None else logging.WARNING,
             "attempt",
             request.secrets,
@@ -90,7 +92,8 @@ class Journal:
         """A request is over; `attempt` is the one whose answer, or whose error, the client got."""
         usage = attempt.usage if attempt is not None else Usage()
         seconds = time.monotonic() - request.began
-        self.redactor.line(
+        logs.redacted(
+            self.redactor,
             logging.INFO if done.outcome in (Outcome.COMPLETE, Outcome.CLIENT_LEFT) else logging.WARNING,
             "done",
             request.secrets,
@@ -115,8 +118,14 @@ class Journal:
 
     def refused(self, request_id: str, path: str, secrets: tuple[str, ...], error: ApiError) -> None:
         """A request was refused before an upstream was asked."""
-        self.redactor.line(
-            logging.WARNING, "refused", secrets, id=request_id, status=error.status, reason=error.message
+        logs.redacted(
+            self.redactor,
+            logging.WARNING,
+            "refused",
+            secrets,
+            id=request_id,
+            status=error.status,
+            reason=error.message,
         )
         if path == MESSAGES:
             self._metrics.request("", "refused", "unknown")

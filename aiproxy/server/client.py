@@ -43,7 +43,7 @@ class Serving:
             self.wait.for_client(event, max(0.0, seconds), may_leave=True)
 
     def send(self, call: Callable[..., int], data: Any) -> None:
-        """Call until all is sent, of a buffer of bytes. Raises `BrokenPipeError`: gunicorn takes it for a client that left."""
+        """Call until all is sent. Raises `BrokenPipeError`: gunicorn takes it for a client that left."""
         sent, latest = 0, float("inf")
         while True:
             try:

@@ -19,6 +19,7 @@ from ..api import MESSAGES, body, encoding
 from ..api.headers import Pairs, value_of
 from ..errors import ApiError, new_request_id, status_line
 from ..observability import logs
+from ..observability.redaction import Redactor
 from ..proxy.exchange import Exchange, Reply
 from ..proxy.request import Request
 from ..transport.wait import Wait
@@ -277,9 +278,10 @@ def _refusal(error: ApiError, headers: Pairs | None = None) -> flask.Response:
     return response
 
 
-def _log_request(request: Request, redactor: logs.Redactor, limit: int) -> None:
+def _log_request(request: Request, redactor: Redactor, limit: int) -> None:
     preview = redactor.text(request.body.preview(), limit, request.secrets) if limit else None
-    redactor.line(
+    logs.redacted(
+        redactor,
         logging.INFO,
         "request",
         request.secrets,
@@ -291,4 +293,4 @@ def _log_request(request: Request, redactor: logs.Redactor, limit: int) -> None:
         bytes=len(request.body.raw),
         prompt=preview if request.body.model else None,
     )
-    redactor.headers(request.headers, request.secrets, id=request.id, of="client")
+    logs.headers(redactor, request.headers, request.secrets, id=request.id, of="client")

@@ -20,6 +20,7 @@ from ..config import Config, UpstreamSettings, check_addresses
 from ..observability import logs
 from ..observability.history import History
 from ..observability.metrics import Metrics, exposition_of
+from ..observability.redaction import Redactor
 from ..proxy.attempt import Tools
 from ..proxy.failover import Failover
 from ..proxy.journal import Journal
@@ -277,11 +278,11 @@ class Service:
         return upstream
 
 
-def _redactor(config: Config) -> logs.Redactor:
+def _redactor(config: Config) -> Redactor:
     keys = [*config.api_keys, *([config.admin_key] if config.admin_key else [])]
     state = [config.state.password] if config.state is not None and config.state.password else []
     tokens = [each.token for each in config.upstreams]
-    return logs.Redactor(
+    return Redactor(
         tokens=tokens + _header_secrets(config) + _proxy_secrets(config) + state,
         keys=[each.key for each in keys],
         headers=[name for upstream in config.upstreams for name in upstream.headers],

@@ -38,6 +38,7 @@ from fakes import (
 from aiproxy.app import create_app
 from aiproxy.config import BreakerSettings, Config, LoggingSettings, UpstreamSettings
 from aiproxy.observability import logs
+from aiproxy.observability.redaction import Redactor
 
 TOKEN = "Tk7/upstream+token=of&a<that>nobody-may-see"  # in no usual form, and full of what JSON may escape
 KEY = "client_key_that_nobody_else_may_see"
@@ -604,7 +605,7 @@ SECRETS = {
 @pytest.mark.parametrize("secret", SECRETS.values(), ids=SECRETS)
 @pytest.mark.parametrize("whose", ["upstream's", "request's"])
 def test_a_secret_is_redacted_wherever_it_stands(secret, whose):
-    redactor = logs.Redactor([secret] if whose == "upstream's" else ["another-token"])
+    redactor = Redactor([secret] if whose == "upstream's" else ["another-token"])
     own = [secret] if whose == "request's" else []
     for text in (
         secret,
@@ -620,7 +621,7 @@ def test_a_secret_is_redacted_wherever_it_stands(secret, whose):
 @pytest.mark.parametrize("secret", SECRETS.values(), ids=SECRETS)
 @pytest.mark.parametrize("whose", ["upstream's", "request's"])
 def test_no_part_of_a_secret_is_left_at_the_cut(secret, whose):
-    redactor = logs.Redactor([secret] if whose == "upstream's" else [])
+    redactor = Redactor([secret] if whose == "upstream's" else [])
     own = [secret] if whose == "request's" else []
     for at in range(100 - len(secret) - 12, 101):
         text = redactor.text("." * at + secret + "." * 5000, 100, own)
@@ -633,7 +634,7 @@ def test_no_part_of_a_secret_is_left_at_the_cut(secret, whose):
 @pytest.mark.parametrize("limit", [100, 500])
 def test_no_part_of_a_secret_is_left_at_the_cut_where_many_were_redacted_before(whose, length, limit):
     secret = ("Aq7" * length)[:length]
-    redactor = logs.Redactor([secret] if whose == "upstream's" else [])
+    redactor = Redactor([secret] if whose == "upstream's" else [])
     own = [secret] if whose == "request's" else []
     for shift in range(0, length, 7):
         text = redactor.text("." * shift + secret * 1000, limit, own)
@@ -656,31 +657,31 @@ JSON_WAYS = {
 @pytest.mark.parametrize("secret", [TOKEN, SECRETS["with a quote"]])
 @pytest.mark.parametrize("whose", ["upstream's", "request's"])
 def test_a_secret_is_redacted_in_json_too(way, secret, whose):
-    redactor = logs.Redactor([secret] if whose == "upstream's" else [])
+    redactor = Redactor([secret] if whose == "upstream's" else [])
     own = [secret] if whose == "request's" else []
     assert_without(redactor.text(f'{{"error":"bad key {way(secret)}"}}', 500, own), way(secret), secret)
 
 
 def test_keys_of_the_usual_forms_are_redacted_whosever_they_are():
-    redactor = logs.Redactor([])
+    redactor = Redactor([])
     text = "use sk-ant-api03-AbCdEf_123-x or Authorization: bearer eyJhbGciOi.J9.x-y_z~1 please"
     assert redactor.text(text, 500) == "use [redacted] or Authorization: [redacted] please"
 
 
 def test_what_is_no_secret_is_not_redacted():
-    redactor = logs.Redactor(["another-token"])
+    redactor = Redactor(["another-token"])
     text = "the bearer of bad news asks x about risk-free desk-work and sk-8 boards"
     assert redactor.text(text, 500, ["x", "any"]) == text
 
 
 @pytest.mark.parametrize("own", ["Tk7/upstream", "upstream+token", "nobody-may-see"])
 def test_a_client_cannot_uncover_an_upstream_s_token_by_a_key_that_is_a_part_of_it(own):
-    text = logs.Redactor([TOKEN]).text(f"bad key {TOKEN}", 500, [own])
+    text = Redactor([TOKEN]).text(f"bad key {TOKEN}", 500, [own])
     assert text == "bad key [redacted]"
 
 
 def test_of_tokens_that_begin_alike_each_is_redacted_whole():
-    redactor = logs.Redactor(["token-of-a", "token-of-a-and-more", "token"])
+    redactor = Redactor(["token-of-a", "token-of-a-and-more", "token"])
     assert redactor.text("token-of-a-and-more", 500) == "[redacted]"
 
 
@@ -694,8 +695,8 @@ def test_a_stand_in_token_blots_out_neither_the_log_nor_the_client_s_error(upstr
 
 def test_an_error_without_a_secret_in_it_passes_byte_for_byte():
     body = bytes(range(256)) * 40 + "größer \u2028".encode()
-    assert logs.Redactor([TOKEN, "no-such-token"]).answer(body) == body
-    assert logs.Redactor([]).answer(body) == body
+    assert Redactor([TOKEN, "no-such-token"]).answer(body) == body
+    assert Redactor([]).answer(body) == body
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -727,7 +728,7 @@ def test_a_client_never_sees_the_upstream_s_token_in_an_error_in_the_middle(upst
 
 
 def test_only_the_token_goes_from_the_client_s_copy():
-    said = logs.Redactor([TOKEN]).answer(f'{{"error":"{TOKEN} is wrong"}}'.encode())
+    said = Redactor([TOKEN]).answer(f'{{"error":"{TOKEN} is wrong"}}'.encode())
     assert said == b'{"error":"[redacted] is wrong"}'
 
 
@@ -1144,16 +1145,16 @@ def test_the_headers_are_those_that_went_out(upstream, log):
 
 
 def test_above_debug_level_no_header_is_looked_at(monkeypatch, upstream, log):
-    monkeypatch.setattr(logs.Redactor, "text", lambda *args: "[looked at]")
-    redactor = logs.Redactor([])
+    monkeypatch.setattr(Redactor, "text", lambda *args: "[looked at]")
+    redactor = Redactor([])
     logs.configure(LoggingSettings())
-    redactor.headers(iter(lambda: pytest.fail("looked at"), None), (), id="req_1", of="client")
+    logs.headers(redactor, iter(lambda: pytest.fail("looked at"), None), (), id="req_1", of="client")
     assert log() == []
 
 
 def test_a_long_header_is_cut_and_a_header_s_name_is_redacted_too(log):
-    redactor = logs.Redactor([TOKEN])
+    redactor = Redactor([TOKEN])
     logs.configure(LoggingSettings(level="debug"))
-    redactor.headers([("x-long", "y" * 9000), (f"x-{KEY}", "z")], [KEY], id="req_1", of="client")
+    logs.headers(redactor, [("x-long", "y" * 9000), (f"x-{KEY}", "z")], [KEY], id="req_1", of="client")
     (line,) = log()
     assert line["headers"] == "x-long: " + "y" * (logs.FIELD - 8) + "\nx-[redacted]: [redacted]"
