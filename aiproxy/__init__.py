@@ -23,4 +23,9 @@ runtime             everything that is built from one version of the configurati
 shared state        what workers and machines know in common
 """
 
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036 -- one line instead of a traceback
+    sys.exit("aiproxy needs Python 3.11 or newer")
+
 __version__ = "1.0.0"

@@ -572,3 +572,10 @@ def test_a_port_in_use_ends_the_start_and_says_which(port_in_use):
     assert "in use" in port_in_use.stderr
     assert "Traceback" not in port_in_use.stderr
     assert port_in_use.stdout_lines() == []
+
+
+@pytest.mark.parametrize("module", ["aiproxy.__main__", "wsgi"])
+def test_an_older_python_gets_one_line(module):
+    code = f"import sys; sys.version_info = (3, 10, 0); import {module}"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "aiproxy needs Python 3.11 or newer\n")
