@@ -58,9 +58,14 @@ class File:
         self.environ = environ
         self.was_good = was_good
         self.is_check = is_check  # nothing is served: what an old file may hold is a fault, too
+        self.text = ""
         self.substituted: set[str] = set()
         self.faults: list[tuple[int, str]] = []
         self.warnings: list[tuple[int, str]] = []
+
+    def line_of(self, place: int) -> int:
+        """The number of the line that a place is in, from 1."""
+        return self.text.count("\n", 0, place) + 1
 
 
 class Value:
@@ -72,6 +77,7 @@ class Value:
         self.path = path
         self.place = place
         self.hidden = False
+        self.label = ""  # what people call the part of the file that it belongs to: an upstream's name
         self._places: dict[str, int] = {}
 
     def fault(self, problem: str, key: str | None = None) -> None:
@@ -194,7 +200,7 @@ class Value:
     def _child(self, node: yaml.Node, at: yaml.Node, path: str) -> "Value":
         # What an alias or a merge brings in stands earlier in the file, and yet belongs here.
         child = Value(self.file, node, path, max(self.place, at.start_mark.index))
-        child.hidden = self.hidden
+        child.hidden, child.label = self.hidden, self.label
         return child
 
     def _kind(self) -> str:
@@ -205,7 +211,11 @@ class Value:
     def _tell(self, told: list[tuple[int, str]], text: str, key: str | None) -> None:
         path = self.path if key is None else _join(self.path, _cut(key))
         place = self._places.get(key or "", self.place)
-        told.append((place, f"{self.file.name}: {path}: {text}" if path else f"{self.file.name}: {text}"))
+        if not path:
+            told.append((place, f"{self.file.name}: {text}"))
+            return
+        label = f" ({self.label})" if self.label else ""
+        told.append((place, f"{self.file.name}: line {self.file.line_of(place)}: {path}{label}: {text}"))
 
 
 def content_of(path: Path) -> bytes:
@@ -224,7 +234,7 @@ def parse(file: File, path: Path, content: bytes | None) -> Value:
         content = content_of(path) if content is None else content
         if len(content) > LARGEST:
             raise ConfigError([f"{file.name}: is larger than 1 MB, expected a configuration"])
-        text = content.decode("utf-8-sig")
+        text = file.text = content.decode("utf-8-sig")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except FileNotFoundError:
         problem = "there is no such file, expected one: copy config.example.yaml there, or set AIPROXY_CONFIG"

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
+import yaml
+
 from .document import LARGEST, Fault, File, Value, in_order, parse, shown, variables
 from .readers import (
     above_zero,
@@ -347,6 +349,7 @@ def _api_keys(value: Value) -> tuple[ClientKey, ...]:
 
 
 def _upstream(value: Value) -> UpstreamSettings:
+    value.label = _label(value)
     found = value.fields(_UPSTREAM)
     base_url = found.get("base_url") or ""
     if "base_url" not in found:
@@ -362,6 +365,13 @@ def _upstream(value: Value) -> UpstreamSettings:
     if "name" not in found:
         found["name"] = urlsplit(base_url).hostname
     return UpstreamSettings(**{"name": "", "base_url": ""} | without_faults(found))
+
+
+def _label(value: Value) -> str:
+    """An upstream's name as a fault may show it, empty where there is none."""
+    pairs = value.node.value if value.is_mapping else ()
+    names = [each.value for key, each in pairs if key.value == "name" and isinstance(each, yaml.ScalarNode)]
+    return shown(names[0]) if names and "${" not in names[0] else ""
 
 
 def _check_way(value: Value, base_url: str, found: Mapping[str, Any]) -> None:

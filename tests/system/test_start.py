@@ -187,8 +187,8 @@ def test_all_faults_are_told_in_a_line_each_before_any_port_is_opened(tmp_path, 
         ended = gunicorn(*args, AIPROXY_CONFIG=str(path))
     assert ended.returncode == 1
     first, second = ended.stderr.splitlines()
-    assert first.startswith(f"{path}: colour: ")
-    assert second.startswith(f"{path}: upstreams[0].weight: ")
+    assert first.startswith(f"{path}: line 3: colour: ")
+    assert second.startswith(f"{path}: line 8: upstreams[0].weight (one): ")
     assert all("expected" in line for line in (first, second))
     assert ended.stdout == ""
 
@@ -201,7 +201,7 @@ def test_a_fault_that_only_the_worker_meets_ends_the_start_too(tmp_path):
     ended = gunicorn("-c", str(other), AIPROXY_CONFIG=str(path))
     assert ended.returncode not in (0, 1)
     assert ended.stderr.count("Booting worker") == 1  # it is not tried again for ever
-    assert ended.stderr.count("colour: ") == ended.stderr.count("upstreams[0].weight: ") == 1
+    assert ended.stderr.count("colour: ") == ended.stderr.count("upstreams[0].weight (one): ") == 1
     assert "Traceback" not in ended.stderr + ended.stdout
 
 
@@ -321,7 +321,9 @@ def test_the_banner_comes_with_any_demo_upstream_that_is_on(said_when_ready):
 
 def test_a_warning_of_the_configuration_is_told_at_the_start(said_when_ready):
     first, _ = said_when_ready(real(base_url="http://127.0.0.1:1/v1"))
-    assert re.match(r"warning: .*config\.yaml: upstreams\[0\]\.base_url: ends in /v1", first)
+    assert re.match(
+        r"warning: .*config\.yaml: line \d+: upstreams\[0\]\.base_url(?: \(.*\))?: ends in /v1", first
+    )
 
 
 def test_a_loopback_address_without_keys_is_served_with_a_warning(said_when_ready):

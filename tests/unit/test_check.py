@@ -56,9 +56,9 @@ def test_all_faults_are_told_and_the_exit_code_is_1(path):
     path.write_text(GOOD.replace("weight: 3", "wieght: 3").replace("enabled: false", "enabled: maybe"))
     done = check(path)
     assert (done.returncode, done.stdout) == (1, "")
-    assert [line.split(": ")[1] for line in done.stderr.splitlines()] == [
-        "upstreams[0].wieght",
-        "upstreams[2].enabled",
+    assert [line.split(": ")[1:3] for line in done.stderr.splitlines()] == [
+        ["line 4", "upstreams[0].wieght (main)"],
+        ["line 6", "upstreams[2].enabled (old)"],
     ]
     assert "sk-test" not in done.stderr
 
@@ -104,7 +104,7 @@ def test_a_base_url_with_the_api_s_path_is_a_fault_here_though_a_start_only_warn
     path.write_text(GOOD.replace("https://old.example.com", "https://old.example.com/v1"))
     done = check(path)
     assert done.returncode == 1
-    assert "upstreams[2].base_url: ends in /v1" in done.stderr
+    assert "upstreams[2].base_url (old): ends in /v1" in done.stderr
 
 
 def test_keys_of_the_env_file_are_read(path):
