@@ -19,5 +19,4 @@ accesslog = None  # aiproxy's own lines say more: upstream, attempts, tokens, ho
 
 on_starting = _hooks.on_starting
 when_ready = _hooks.when_ready
-child_exit = _hooks.child_exit
 ssl_context = _hooks.ssl_context

@@ -16,5 +16,5 @@ except ConfigError as error:
     # gunicorn gives up on 4 (the application does not load); after any other code it would start
     # the worker again for ever.
     sys.exit(4)
-app = create_app(begun.config, metrics_directory=os.environ.get("PROMETHEUS_MULTIPROC_DIR"))
+app = create_app(begun.config)
 app.extensions["aiproxy"].follow(path, begun, last_good)

@@ -181,7 +181,8 @@ class History:
         """What this process has counted, by upstream, in the last hour."""
         oldest = self._number() - MINUTES
         with self._lock:
-            hours = copy.deepcopy(self._hours)
+            copied = msgspec.msgpack.encode(self._hours)
+        hours = msgspec.msgpack.decode(copied, type=dict[str, Hour])
         for hour in hours.values():
             hour.minutes = {n: each for n, each in hour.minutes.items() if n > oldest}
         return hours

@@ -1,20 +1,16 @@
-"""Figures for Prometheus: what is counted, under which labels, how processes of one gunicorn share it.
+"""Figures for Prometheus: what is counted, under which labels, how those of several workers are put together.
 
 Labels are bounded: what a client sends becomes one only where an upstream has answered to it, and then
-for a limited number of names. With a directory prometheus-client keeps the figures in files there, one
-set a process, and each process tells the sum; it must find $PROMETHEUS_MULTIPROC_DIR when first imported.
+for a limited number of names. Each worker counts for itself.
 """
 
-import os
 import threading
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, values
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.metrics_core import Metric
-from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from prometheus_client.registry import Collector
 
 from .. import __version__
@@ -32,9 +28,10 @@ _KINDS = {
     "cache_write": "cache_creation_input_tokens",
 }
 _UNKNOWN, _OTHER = "unknown", "other"
-_DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
 _CIRCUIT_STATES = ("closed", "half_open", "backoff", "open", "draining")
 _RELOADS = "aiproxy_reloads_total"
+#: Of several workers the largest figure is shown, not the sum: each worker applies the same reload.
+_LARGEST = ("aiproxy_build_info", _RELOADS)
 _FIRST_BYTE = (0.1, 0.25, 0.5, 1, 1.5, 2, 3, 5, 7.5, 10, 15, 20, 30, 45, 60, 90, 120)
 _ANSWER = (0.5, 1, 2, 3, 5, 7.5, 10, 15, 20, 30, 45, 60, 90, 120, 180, 300, 450, 600)
 
@@ -50,7 +47,7 @@ class _Answers(msgspec.Struct, frozen=True):
 
 
 class Family(msgspec.Struct, frozen=True):
-    """One metric as one machine tells it to another."""
+    """One metric with its samples: name, labels and value."""
 
     name: str
     documentation: str
@@ -58,20 +55,19 @@ class Family(msgspec.Struct, frozen=True):
     samples: list[tuple[str, dict[str, str], float]]
 
 
+class Figures(msgspec.Struct, frozen=True):
+    """What the workers of one gunicorn counted; `machine` is a label, None adds none."""
+
+    machine: str | None
+    running: Sequence[list[Family]]
+    ended: Sequence[list[Family]] = ()
+
+
 class Metrics:
     """Thread-safe, and cheap enough for the path of each request."""
 
-    def __init__(self, directory: str | None = None) -> None:
-        """`directory`: where the processes of one gunicorn share their figures, None for a single process.
-
-        Raises `RuntimeError` if prometheus-client was imported without being told of the directory.
-        """
-        if directory is not None and not (
-            values.ValueClass._multiprocess and os.environ.get(_DIRECTORY) == directory
-        ):
-            raise RuntimeError(f"{_DIRECTORY} must name {directory} before prometheus_client is imported")
+    def __init__(self) -> None:
         self._define()
-        self._shown = _Shown(self._registry, directory)
         self._lock = threading.Lock()
         self._models: frozenset[str] = frozenset()
         self._strangers: set[str] = set()
@@ -82,7 +78,8 @@ class Metrics:
         self._client_counters: dict[tuple[str | None, str], dict[str, Counter]] = {}
         self._first_bytes: dict[str, Histogram] = {}
         self._answers: dict[str, _Answers] = {}
-        self._start_where_others_are()
+        for result in ("applied", "refused"):
+            self._reloads.labels(result).set(0)
 
     def know_models(self, names: Iterable[str]) -> None:
         """The models that the configuration names; each is counted by its name."""
@@ -161,20 +158,40 @@ class Metrics:
 
     def exposition(self) -> tuple[bytes, str]:
         """Body and content type of the answer to Prometheus."""
-        return generate_latest(self._shown), CONTENT_TYPE_PLAIN_0_0_4
+        return exposition_of([Figures(None, [self.families()])])
 
-    def encoded(self, machine: str) -> bytes:
-        """The same for `exposition_of`, with the name of the machine."""
-        families = [
+    def families(self) -> list[Family]:
+        """The figures of this worker."""
+        return [
             Family(
                 metric.name,
                 metric.documentation,
                 metric.type,
-                [(each.name, {**each.labels, "machine": machine}, each.value) for each in metric.samples],
+                # When a series began is of no use here: several workers have several times.
+                [
+                    (each.name, each.labels, each.value)
+                    for each in metric.samples
+                    if "_created" not in each.name
+                ],
             )
-            for metric in self._shown.collect()
+            for metric in self._registry.collect()
         ]
-        return msgspec.json.encode(families)
+
+    def start_from(self, others: Iterable[list[Family]]) -> None:
+        """Take over reloads and names of models from the other workers of this gunicorn.
+
+        A worker that starts later has seen no earlier reload, and has no names of its own to give away.
+        """
+        reloads = {"applied": 0.0, "refused": 0.0}
+        samples = (sample for families in others for family in families for sample in family.samples)
+        for name, labels, value in samples:
+            if name == _RELOADS:
+                reloads[labels["result"]] = max(value, reloads.get(labels["result"], 0.0))
+            elif name == "aiproxy_requests_total":
+                self._strangers.add(labels["model"])
+        self._strangers -= {_UNKNOWN, _OTHER}
+        for result, count in reloads.items():
+            self._reloads.labels(result).set(count)
 
     def _define(self) -> None:
         """What there is. A registry of its own, so that applications in one process share nothing."""
@@ -225,44 +242,26 @@ class Metrics:
             "aiproxy_streams_in_flight",
             "Streams on their way to a client.",
             registry=into,
-            multiprocess_mode="livesum",
         )
         Gauge(
             "aiproxy_build_info",
             "1, with the version as a label.",
             ("version",),
             registry=into,
-            multiprocess_mode="max",
         ).labels(__version__).set(1)
         self._circuits = Gauge(
             "aiproxy_circuit_state",
             "Worker processes in which the upstream's circuit is in the state: 1 or 0 with one worker.",
             ("upstream", "state"),
             registry=into,
-            multiprocess_mode="livesum",
         )
-        # Each process applies the same reload. A gauge, as only gauges may be shared by their largest
-        # figure rather than their sum; it only grows, and `_Shown` tells it as the counter that it is.
+        # A gauge, because only a gauge can begin where the other workers are.
         self._reloads = Gauge(
             _RELOADS,
             "Changed configurations found, by result: applied or refused.",
             ("result",),
             registry=into,
-            multiprocess_mode="max",
         )
-
-    def _start_where_others_are(self) -> None:
-        """A process that starts later has seen no earlier reload, and gets no strangers of its own again."""
-        reloads = {"applied": 0.0, "refused": 0.0}
-        for metric in self._shown.collect():
-            for sample in metric.samples:
-                if sample.name == _RELOADS:
-                    reloads[sample.labels["result"]] = sample.value
-                elif sample.name == "aiproxy_requests_total":
-                    self._strangers.add(sample.labels["model"])
-        self._strangers -= {_UNKNOWN, _OTHER}
-        for result, count in reloads.items():
-            self._reloads.labels(result).set(count)
 
     def _answers_of(self, upstream: str) -> _Answers:
         return _Answers(
@@ -300,32 +299,50 @@ class Metrics:
             self._circuits.labels(name, before).set(0)
 
 
-def exposition_of(told: Iterable[bytes]) -> tuple[bytes, str]:
-    """As `Metrics.exposition`, of several machines; what carries the same labels is added up.
-
-    What cannot be read is left out: a machine of another version, or one that told nothing.
-    """
+def exposition_of(instances: Iterable[Figures]) -> tuple[bytes, str]:
+    """Body and content type of the answer to Prometheus, of all workers of these gunicorns."""
     metrics: dict[str, Metric] = {}
-    sums: dict[tuple[str, frozenset[tuple[str, str]]], float] = {}
-    for family in (each for one in told for each in _families(one)):
-        metric = metrics.setdefault(family.name, Metric(family.name, family.documentation, family.type))
-        for name, labels, value in family.samples:
-            key = (name, frozenset(labels.items()))
-            if key not in sums:
-                metric.add_sample(name, labels, 0.0)
-            sums[key] = sums.get(key, 0.0) + value
+    for instance in instances:
+        label = {} if instance.machine is None else {"machine": instance.machine}
+        for family in merged(instance.running, instance.ended):
+            metric = metrics.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            for name, labels, value in family.samples:
+                metric.add_sample(name, {**labels, **label}, value)
     for metric in metrics.values():
-        metric.samples = [
-            each._replace(value=sums[each.name, frozenset(each.labels.items())]) for each in metric.samples
-        ]
-    return generate_latest(_Collected(list(metrics.values()))), CONTENT_TYPE_PLAIN_0_0_4
+        if metric.name == _RELOADS:
+            metric.name, metric.type = _RELOADS.removesuffix("_total"), "counter"
+        elif metric.name == "aiproxy_circuit_state":
+            # An upstream that no worker knows any more is in no state.
+            known = {sample.labels["upstream"] for sample in metric.samples if sample.value}
+            metric.samples = [each for each in metric.samples if each.labels["upstream"] in known]
+    return generate_latest(_Collected(sorted(metrics.values(), key=_name))), CONTENT_TYPE_PLAIN_0_0_4
 
 
-def _families(told: bytes) -> list[Family]:
-    try:
-        return msgspec.json.decode(told, type=list[Family])
-    except msgspec.DecodeError:
-        return []
+def merged(running: Iterable[list[Family]], ended: Iterable[list[Family]] = ()) -> list[Family]:
+    """The figures of several workers together: of ended ones only what they counted."""
+    found: dict[str, Family] = {}
+    places: dict[tuple[str, tuple[tuple[str, str], ...]], int] = {}
+    workers = [(family, True) for one in running for family in one]
+    workers += [(family, False) for one in ended for family in one]
+    for family, is_running in workers:
+        if not is_running and family.type == "gauge" and family.name not in _LARGEST:
+            continue
+        target = found.setdefault(family.name, Family(family.name, family.documentation, family.type, []))
+        for name, labels, value in family.samples:
+            key = (name, tuple(labels.items()))
+            if key not in places:
+                places[key] = len(target.samples)
+                target.samples.append((name, labels, value))
+                continue
+            place = places[key]
+            before = target.samples[place][2]
+            together = max(before, value) if name in _LARGEST else before + value
+            target.samples[place] = (name, labels, together)
+    return list(found.values())
+
+
+def _name(metric: Metric) -> str:
+    return str(metric.name)
 
 
 class _Collected(Collector):
@@ -337,50 +354,6 @@ class _Collected(Collector):
     def collect(self) -> list[Metric]:
         """See `Collector.collect`."""
         return self._metrics
-
-
-class _Shown(Collector):
-    """The figures as Prometheus shall see them, of one process or of all that share a directory."""
-
-    def __init__(self, registry: CollectorRegistry, directory: str | None) -> None:
-        self._registry = registry
-        self._directory = directory
-
-    def collect(self) -> Iterator[Metric]:
-        """See `Collector.collect`; by name."""
-        for metric in sorted(self._all(), key=lambda metric: metric.name):
-            if metric.name == _RELOADS:
-                metric.name, metric.type = _RELOADS.removesuffix("_total"), "counter"
-            elif metric.name == "aiproxy_circuit_state":
-                # Files cannot forget a label: an upstream that no process knows is in no state.
-                known = {sample.labels["upstream"] for sample in metric.samples if sample.value}
-                metric.samples = [each for each in metric.samples if each.labels["upstream"] in known]
-            # When a series began is told by one process only, and of no use here.
-            metric.samples = [each for each in metric.samples if not each.name.endswith("_created")]
-            yield metric
-
-    def _all(self) -> Iterable[Metric]:
-        if self._directory is None:
-            return self._registry.collect()
-        files = [str(path) for path in Path(self._directory).glob("*.db") if _is_filled(path)]
-        return MultiProcessCollector.merge(files)  # type: ignore[no-untyped-call, no-any-return]
-
-
-def process_ended(pid: int) -> None:
-    """A worker is gone: its streams and circuits count no longer, what it counted does.
-
-    For gunicorn's `child_exit`, in the master.
-    """
-    if _DIRECTORY in os.environ:
-        mark_process_dead(pid)  # type: ignore[no-untyped-call]
-
-
-def _is_filled(path: Path) -> bool:
-    """Not one that another process is just creating, which nobody can read, or just removed."""
-    try:
-        return path.stat().st_size > 0
-    except FileNotFoundError:
-        return False
 
 
 def _clean(name: str) -> str:

@@ -1,15 +1,14 @@
 """What aiproxy does in gunicorn's master process: before ports are opened, and once they are.
 
-The only module that knows the master. It must not import what imports prometheus-client, which decides at
-its import whether workers share their figures.
+The only module that knows the master.
 """
 
 import atexit
 import contextlib
-import importlib
 import json
 import logging
 import os
+import secrets
 import shlex
 import shutil
 import ssl
@@ -23,12 +22,9 @@ from gunicorn.glogging import Logger
 
 from ..config import Config, ConfigError, check_addresses, path_from
 from ..observability import logs
+from ..upstreams.shared_state import INSTANCE, STATE_DIRECTORY
 from .client import TlsClientSocket
 from .reload import LastGood, start
-
-#: prometheus-client's.
-METRICS = "PROMETHEUS_MULTIPROC_DIR"
-_FOLDER = "aiproxy-metrics-"
 
 
 class ServerLog(Logger):  # type: ignore[misc]
@@ -64,12 +60,18 @@ class Hooks:
         for path in (self._directory, *self._directory.glob("accepted-*")):
             if server.cfg.uid != os.geteuid():
                 os.chown(path, server.cfg.uid, server.cfg.gid)
-        os.environ.pop(METRICS, None)  # of the gunicorn that this one takes the place of
-        if server.cfg.workers > 1:
-            prefix = f"{_FOLDER}{os.getpid()}-"
-            os.environ[METRICS] = tempfile.mkdtemp(prefix=prefix, dir=_metrics_directory())
-            atexit.register(_remove, os.environ[METRICS], os.getpid())  # also where the start fails
-            os.chown(os.environ[METRICS], server.cfg.uid, server.cfg.gid)
+        # The environment may be that of the gunicorn that this one takes the place of.
+        os.environ[INSTANCE] = secrets.token_hex(4)
+        os.environ.pop(STATE_DIRECTORY, None)
+        if server.cfg.workers > 1 and self.config.state is None:
+            os.environ[STATE_DIRECTORY] = self._state_directory(server.cfg)
+
+    def _state_directory(self, cfg: Any) -> str:
+        """A directory of the workers' user for the local store, in the instance's runtime directory."""
+        directory = self._directory / "state"
+        directory.mkdir(mode=0o700, exist_ok=True)
+        os.chown(directory, cfg.uid, cfg.gid)
+        return str(directory)
 
     def when_ready(self, server: Any) -> None:
         """Say where it listens and how to try it; sockets that were inherited are known only here."""
@@ -92,11 +94,6 @@ class Hooks:
         context.sslsocket_class = TlsClientSocket
         return context
 
-    def child_exit(self, server: Any, worker: Any) -> None:
-        """What a worker counted stays, its streams in flight do not."""
-        if METRICS in os.environ:
-            importlib.import_module("aiproxy.observability.metrics").process_ended(worker.pid)
-
     def _check(self, addresses: Iterable[Any]) -> None:
         try:
             check_addresses(self.config, addresses)
@@ -114,42 +111,18 @@ class Hooks:
 def _runtime_directory() -> Path:
     """The instance's own: systemd's `RUNTIME_DIRECTORY`, else one that ends with this process."""
     if given := os.environ.get("RUNTIME_DIRECTORY"):
-        return Path(given.partition(":")[0])
+        directory = Path(given.partition(":")[0])
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return directory
     made = tempfile.mkdtemp(prefix="aiproxy-")
     atexit.register(_remove, made, os.getpid())
     return Path(made)
 
 
 def _remove(folder: str, owner: int) -> None:
-    """The figures end with their gunicorn, not with one of its workers."""
+    """At the end of the master, not of a worker."""
     if os.getpid() == owner:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _metrics_directory() -> Path:
-    """Where workers share their figures: the instance's runtime directory, else shared memory.
-
-    Always in memory: on a full disk a file that is mapped, as these are, kills the process that writes.
-    """
-    if "RUNTIME_DIRECTORY" in os.environ:  # systemd empties it at each start
-        return _runtime_directory()
-    memory = Path("/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir())
-    for folder in memory.glob(f"{_FOLDER}*"):
-        owner = folder.name.removeprefix(_FOLDER).partition("-")[0]
-        if owner.isdecimal() and not _is_running(int(owner)):
-            shutil.rmtree(folder, ignore_errors=True)
-    return memory
-
-
-def _is_running(pid: int) -> bool:
-    """Whether there is such a process. /proc does not show all of them where systemd hides some."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # it is another user's
-        return True
-    return True
 
 
 def _example(config: Config, address: str) -> str:

@@ -4,10 +4,12 @@ A new configuration means new `Runtime`, put in the place of the old in one step
 way keep those by which they came in, and so end as they began.
 """
 
+import contextlib
 import logging
 import os
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from .. import __version__
 from ..config import Config, UpstreamSettings, check_addresses
 from ..observability import logs
 from ..observability.history import History
-from ..observability.metrics import Metrics, exposition_of
+from ..observability.metrics import Figures, Metrics, exposition_of, merged
 from ..observability.redaction import Redactor
 from ..proxy.attempt import Tools
 from ..proxy.failover import Failover
@@ -96,7 +98,12 @@ class Service:
         self._in_flight.set_threads(threads)
         self._addresses = addresses
         self._server = _server_name(addresses)
-        self._state.start(self._server, {"status": self._encoded_snapshot, "metrics": self._encoded_metrics})
+        self._state.start(self._encoded_snapshot, _added_up, lambda: self._in_flight.count > 0)
+        written = self._state.rows()
+        siblings = [
+            snapshot for id_, snapshot in written.running + written.ended if id_ == self._state.instance
+        ]
+        self.metrics.start_from(each.metrics for each in _snapshots(siblings))
         if self._follower is not None:
             self._follower.start()
 
@@ -158,9 +165,9 @@ class Service:
     def status(self) -> Status:
         """Everything that the status page shows, of all workers where they can be asked."""
         own = self._snapshot()
-        heard = self._state.ask("status")
-        found = {name: _snapshot_of(answer) for name, answer in heard.answers.items()}
-        others = [snapshot for snapshot in found.values() if snapshot is not None]
+        written = self._state.rows()
+        others = _snapshots(snapshot for _, snapshot in written.running)
+        silent = _snapshots(snapshot for _, snapshot in written.silent)
         return Status(
             version=__version__,
             now=time.time(),
@@ -173,17 +180,37 @@ class Service:
             upstreams=rows(self.runtime.balancer.upstreams, self.history, others),
             workers=put_together([own, *others]),
             is_shared=self._state.is_shared,
-            silent=[name for name, snapshot in found.items() if snapshot is None],
-            problem=heard.problem,
+            silent=[f"{each.server}, worker {each.worker}" for each in silent],
+            problem=written.problem,
         )
 
     def exposition(self) -> tuple[bytes, str]:
-        """Body and content type of the answer to Prometheus, of all servers where they can be asked."""
-        self.update_gauges()
-        if not self._state.is_shared:
-            return self.metrics.exposition()
-        heard = self._state.ask("metrics", once_a_server=True)
-        return exposition_of([self._encoded_metrics(), *heard.answers.values()])
+        """Body and content type of the answer to Prometheus, of all workers whose figures are known."""
+        own = self._snapshot()
+        written = self._state.rows()
+        figures: dict[str, tuple[list[Snapshot], list[Snapshot]]] = {self._state.instance: ([own], [])}
+        for place, snapshots in enumerate((written.running, written.ended)):
+            for id_, snapshot in snapshots:
+                figures.setdefault(id_, ([], []))[place].extend(_snapshots([snapshot]))
+        return exposition_of(self._figures_of(figures))
+
+    def _figures_of(self, instances: dict[str, tuple[list[Snapshot], list[Snapshot]]]) -> list[Figures]:
+        """One for each gunicorn. The label tells machines of the same name and port apart by ids."""
+        if not self._state.has_machines:
+            together = [[each.metrics for both in instances.values() for each in both[n]] for n in (0, 1)]
+            return [Figures(None, *together)]
+        names = {id_: running[0].server for id_, (running, _) in instances.items() if running}
+        count = Counter(names.values())
+        labels = {id_: name if count[name] == 1 else f"{name}#{id_}" for id_, name in names.items()}
+        return [
+            Figures(
+                labels[id_],
+                [each.metrics for each in running],
+                [each.metrics for each in ended],
+            )
+            for id_, (running, ended) in instances.items()
+            if running
+        ]
 
     def act(self, upstream: str, action: str) -> bool:
         """Do what a button of the status page says; False where there is no such upstream or action.
@@ -225,6 +252,7 @@ class Service:
         self._shutdown.close()
 
     def _snapshot(self) -> Snapshot:
+        self.update_gauges()
         return Snapshot(
             server=self._server,
             worker=os.getpid(),
@@ -233,14 +261,11 @@ class Service:
             began=self.began,
             in_flight=self._in_flight.count,
             hours=self.history.hours(),
+            metrics=self.metrics.families(),
         )
 
     def _encoded_snapshot(self) -> bytes:
         return msgspec.json.encode(self._snapshot())
-
-    def _encoded_metrics(self) -> bytes:
-        self.update_gauges()
-        return self.metrics.encoded(self._server)
 
     def _built(self, config: Config, staying: dict[str, Upstream], cursor: dict[str, float]) -> Runtime:
         logs.configure(config.logging)
@@ -303,12 +328,20 @@ def _proxy_secrets(config: Config) -> list[str]:
     return [*passwords, *map(unquote, passwords), *filter(None, sent)]
 
 
-def _snapshot_of(answer: bytes) -> Snapshot | None:
-    """What another worker told, None if that was nothing; it may be of another version."""
-    try:
-        return msgspec.json.decode(answer, type=Snapshot)
-    except msgspec.DecodeError:
-        return None
+def _snapshots(written: Iterable[msgspec.Raw]) -> list[Snapshot]:
+    """What other workers wrote; what another version wrote in another form is left out."""
+    found = []
+    for row in written:
+        with contextlib.suppress(msgspec.DecodeError):
+            found.append(msgspec.json.decode(row, type=Snapshot))
+    return found
+
+
+def _added_up(written: list[msgspec.Raw]) -> bytes:
+    """One snapshot for several ended workers, with all that they counted."""
+    snapshots = _snapshots(written)
+    metrics = merged([], [each.metrics for each in snapshots])
+    return msgspec.json.encode(msgspec.structs.replace(snapshots[0], hours={}, metrics=metrics))
 
 
 def _server_name(addresses: list[Any]) -> str:

@@ -9,6 +9,7 @@ import jinja2
 import msgspec
 
 from ..observability.history import Failed, History, Hour, Minute, Tokens
+from ..observability.metrics import Family
 from ..upstreams.upstream import Upstream
 
 #: Seconds after which the page asks for itself again.
@@ -42,7 +43,7 @@ class Row(msgspec.Struct, frozen=True):
 
 
 class Snapshot(msgspec.Struct, frozen=True):
-    """What one worker knows of itself and has counted, as it tells another."""
+    """What one worker knows of itself and has counted, as the others read it."""
 
     server: str  # what people call its gunicorn: the machine, and where it listens
     worker: int  # process id
@@ -51,6 +52,7 @@ class Snapshot(msgspec.Struct, frozen=True):
     began: float
     in_flight: int
     hours: dict[str, Hour]
+    metrics: list[Family]
 
 
 class Worker(msgspec.Struct, frozen=True):

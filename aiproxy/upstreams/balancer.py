@@ -90,9 +90,9 @@ class Candidate:
             return
         if decision.cost is Cost.MODEL_BACKOFF:
             seconds = models.back_off(self._model, decision.backoff, self._began, self.is_last_resort)
-            logs.backoff(self.upstream.name, self._model, seconds)
+            self._report_backoff(seconds)
         elif decision.cost is Cost.MODEL_MISSING and models.missing(self._model):
-            logs.backoff(self.upstream.name, self._model, models.cooldown)
+            self._report_backoff(models.cooldown)
         self._settle(_OUTCOMES.get(decision.cost, Outcome.IGNORED))
 
     def refused_alone(self) -> None:
@@ -100,8 +100,13 @@ class Candidate:
         if self._has_permit and self.upstream.refusals.refused():
             logs.backoff(self.upstream.name, None, self.upstream.refusals.due - self.upstream.breaker.clock())
 
+    def _report_backoff(self, seconds: float) -> None:
+        logs.backoff(self.upstream.name, self._model, seconds)
+        self.upstream.shared.model_backed_off(self._model, seconds)
+
     def _note_success(self) -> None:
-        self.upstream.models.succeeded(self._model, self._began)
+        if self.upstream.models.succeeded(self._model, self._began):
+            self.upstream.shared.model_recovered(self._model)
         self.upstream.refusals.other_result(is_success=True)
 
     def _settle(self, outcome: Outcome) -> None:

@@ -167,6 +167,14 @@ class Breaker:
                 Change(Event.BACKED_OFF, view.backoff_for) if is_in_backoff and not was_in_backoff else None
             )
 
+    def reach(self, failures: int) -> Change | None:
+        """All workers together have counted so many failures: open the circuit where that is enough."""
+        with self._lock:
+            self._failures = max(self._failures, failures)
+            if self._open_until is not None or self._failures < self.threshold:
+                return None
+            return self._open()
+
     def defer(self, permit: Permit, seconds: float) -> None:
         """Give a trial back that another process has; none begins here for `seconds`."""
         with self._lock:
@@ -266,6 +274,9 @@ class Breaker:
         self._failures += 1
         if permit.kind is Pass.ORDINARY and self._failures < self.threshold:
             return Change(Event.FAILED)
+        return self._open()
+
+    def _open(self) -> Change:
         self._generation += 1
         self._open_until = self.clock() + self.cooldown
         return Change(Event.OPENED, self.cooldown)

@@ -9,12 +9,12 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from ..api.body import Body, members, text
-from .shared_state import State
+from .shared_state import OWNER, State
 
 #: Messages remembered; the oldest go first.
 LIMIT = 10_000
-#: Seconds for which one is remembered, far longer than an idle thread lives.
-LIFETIME = 3600.0
+#: Seconds for which one is remembered.
+LIFETIME = OWNER
 
 
 class Owners:

@@ -5,7 +5,7 @@ An upstream that is out of capacity for one model, or does not have it, still se
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 #: Models of one upstream that are remembered; the one that was used longest ago is forgotten first.
 MOST_MODELS = 200
@@ -25,6 +25,7 @@ class _Model:
         self.limited_at = float("-inf")  # when the latest backoff began
         self.next_backoff = FIRST_BACKOFF
         self.missing = 0  # in a row
+        self.is_shared = False  # the other workers know of the backoff
 
 
 class ModelStates:
@@ -82,14 +83,39 @@ class ModelStates:
             state.until = max(state.until, self._clock() + self.cooldown)
             return True
 
-    def succeeded(self, model: str, began: float) -> None:
-        """The model answered; a backoff that began after the attempt did (`began`, clock time) stays."""
+    def succeeded(self, model: str, began: float) -> bool:
+        """The model answered; a backoff that began after the attempt did (`began`, clock time) stays.
+
+        Returns whether a backoff ended early.
+        """
         if not self._models:
-            return
+            return False
         with self._lock:
             state = self._models.get(model)
-            if state is not None and began >= state.limited_at:
-                del self._models[model]
+            if state is None or began < state.limited_at:
+                return False
+            del self._models[model]
+            return state.until > self._clock()
+
+    def backoffs(self) -> dict[str, float]:
+        """The models that are not asked now, with the seconds until they are."""
+        with self._lock:
+            now = self._clock()
+            return {name: state.until - now for name, state in self._models.items() if state.until > now}
+
+    def follow(self, backoffs: Mapping[str, float]) -> None:
+        """Take over the backoffs, in seconds from now, that all workers together know."""
+        if not self._models and not backoffs:
+            return
+        with self._lock:
+            now = self._clock()
+            for name, state in self._models.items():
+                if state.is_shared and name not in backoffs:
+                    state.until, state.is_shared = min(state.until, now), False
+            for name, seconds in backoffs.items():
+                state = self._state(name)
+                state.is_shared = True
+                state.until = now + seconds
 
     def clear(self) -> None:
         """Forget everything: a person says that the upstream is well."""

@@ -9,7 +9,7 @@ from ..config import UpstreamSettings
 from .breaker import Breaker
 from .models import ModelStates
 from .refusals import Refusals
-from .shared_state import Shared, Unshared
+from .shared_state import Shared
 
 #: The settings that make an upstream another one; a new key may end what kept the old one failing.
 _ACCOUNT = ("name", "base_url", "token", "auth", "headers", "proxy", "ca_bundle")
@@ -26,7 +26,7 @@ class Upstream:
         self.name = settings.name
         self.weight = settings.weight
         #: The processes that have the same upstream.
-        self.shared: Shared = Unshared()
+        self.shared = Shared()
         #: Taken out by hand: no new requests, not even as the last resort.
         self.draining = False
         self.extra_headers: Pairs = [(name.lower(), value) for name, value in settings.headers.items()]

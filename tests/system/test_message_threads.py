@@ -26,7 +26,7 @@ from aiproxy.app import create_app
 from aiproxy.config import BreakerSettings, Config, UpstreamSettings
 from aiproxy.upstreams import message_threads as threads
 from aiproxy.upstreams.message_threads import Owners
-from aiproxy.upstreams.shared_state import Alone
+from aiproxy.upstreams.shared_state import State
 
 ROOT = Path(__file__).parents[2]
 HELLO = [{"role": "user", "content": "Hi"}]
@@ -289,7 +289,7 @@ def test_when_the_owner_is_down_the_client_learns_that_the_thread_is_not_found(
 
 
 def test_the_latest_messages_are_remembered_and_no_more():
-    owners = Owners(Clock(), Alone())
+    owners = Owners(Clock(), State())
     for number in range(threads.LIMIT + 5):
         owners.note(f"msg_{number}", "a")
     known = [number for number in range(threads.LIMIT + 5) if owners.owner(f"msg_{number}") == "a"]
@@ -299,7 +299,7 @@ def test_the_latest_messages_are_remembered_and_no_more():
 
 def test_a_message_noted_again_is_the_latest(monkeypatch):
     monkeypatch.setattr(threads, "LIMIT", 2)
-    owners = Owners(Clock(), Alone())
+    owners = Owners(Clock(), State())
     for message, name in (("one", "a"), ("two", "a"), ("one", "b"), ("three", "a")):
         owners.note(message, name)
     assert [owners.owner(message) for message in ("one", "two", "three")] == ["b", None, "a"]
@@ -307,7 +307,7 @@ def test_a_message_noted_again_is_the_latest(monkeypatch):
 
 def test_a_message_is_remembered_for_its_time_from_the_latest_note():
     clock = Clock()
-    owners = Owners(clock, Alone())
+    owners = Owners(clock, State())
     owners.note("one", "a")
     clock.now += threads.LIFETIME - 1
     assert owners.owner("one") == "a"
@@ -321,7 +321,7 @@ def test_a_message_is_remembered_for_its_time_from_the_latest_note():
 
 
 def test_owners_are_noted_and_asked_from_any_thread():
-    owners = Owners(Clock(), Alone())
+    owners = Owners(Clock(), State())
 
     def work(name):
         for number in range(2000):

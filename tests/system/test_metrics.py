@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -17,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from aiproxy import __version__
 from aiproxy.api.usage import Usage
-from aiproxy.observability.metrics import STRANGERS, Metrics, exposition_of, process_ended
+from aiproxy.observability.metrics import STRANGERS, Figures, Metrics, exposition_of, merged
 
 ROOT = Path(__file__).parents[2]
 ODD = ['say "hi"', "two\nlines", "back\\slash", "back\\nslash", "cr\rlf", "{a=b},", "ünï 漢", " ", "nul\0"]
@@ -197,7 +196,7 @@ def test_tokens_of_a_model_that_nobody_configured_are_bounded_as_requests_are():
 
 
 def test_several_machines_each_have_their_version_and_their_clients_tokens():
-    body, _ = exposition_of([busy(Metrics()).encoded("m1"), busy(Metrics()).encoded("m2")])
+    body, _ = exposition_of([Figures(each, [busy(Metrics()).families()]) for each in ("m1", "m2")])
     samples = parsed(body)
     for machine in ("m1", "m2"):
         version = frozenset({"version": __version__, "machine": machine}.items())
@@ -304,141 +303,67 @@ def test_threads_lose_no_count():
     assert figure(metrics, "aiproxy_tokens_total", upstream="one", kind="cache_read") == 44000
 
 
-def test_a_directory_that_prometheus_client_was_not_told_of_is_a_fault(tmp_path):
-    with pytest.raises(RuntimeError, match="PROMETHEUS_MULTIPROC_DIR"):
-        Metrics(str(tmp_path))
+# Several workers
 
 
-def test_the_end_of_a_process_that_shares_nothing_is_no_matter(monkeypatch):
-    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
-    process_ended(1)
+class Together:
+    """Workers of one gunicorn, some of which may have ended."""
 
-
-# Several processes
-
-WORKER = """
-import os, sys
-from aiproxy.observability.metrics import Metrics, process_ended
-from aiproxy.api.usage import Usage
-metrics = Metrics(os.environ["PROMETHEUS_MULTIPROC_DIR"])
-print(None, flush=True)
-for line in sys.stdin:
-    print(repr(eval(line)), flush=True)
-"""
-
-
-class Worker:
-    """A process of its own with a `metrics`, which does as it is told."""
-
-    def __init__(self, directory):
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", WORKER],
-            cwd=ROOT,
-            env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(directory)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def result(self):
-        return eval(self.process.stdout.readline())
-
-    def do(self, code):
-        self.process.stdin.write(f"{code}\n")
-        self.process.stdin.flush()
-        return self.result()
+    def __init__(self, running, ended=()):
+        self.running, self.ended = running, ended
 
     def exposition(self):
-        return self.do("metrics.exposition()")
-
-    def end(self):
-        self.process.kill()
-        self.process.communicate()
+        running, ended = ([each.families() for each in some] for some in (self.running, self.ended))
+        return exposition_of([Figures(None, running, ended)])
 
 
-@pytest.fixture
-def worker(tmp_path):
-    """Starts processes that share a directory."""
-    started = []
-
-    def start(count=1):
-        new = [Worker(tmp_path) for _ in range(count)]
-        started.extend(new)
-        for each in new:
-            each.result()
-        return new
-
-    yield start
-    for each in started:
-        each.end()
-
-
-def test_processes_tell_their_sum_and_what_a_dead_one_counted(worker, tmp_path):
-    first, second = worker(2)
-    for each in (first, second):
-        each.do("metrics.know_models(['claude-x'])")
-        each.do("metrics.request('claude-x', 'complete', 'me')")
-        each.do("metrics.attempt('one', 'answered', 0.3)")
-        each.do("metrics.answer('one', 3.0, Usage(input_tokens=5))")
-        each.do("metrics.client_tokens('me', 'claude-x', 'complete', Usage(input_tokens=5))")
-        each.do("metrics.stream_began()")
-        each.do("metrics.reloaded('applied')")
-    second.do("metrics.circuits({'one': 'open'})")
-    first.do("metrics.circuits({'one': 'closed', 'two': 'closed'})")
+def test_figures_of_workers_are_added_up_and_an_ended_one_s_counters_stay():
+    first, second = busy(Metrics()), busy(Metrics())
+    second.circuits({"one": "open"})
+    both, one = Together([first, second]), Together([first], [second])
     labels = {"model": "claude-x", "outcome": "complete", "client": "me"}
-    for each in (first, second):
+    for each in (both, one):
         assert figure(each, "aiproxy_requests_total", **labels) == 2
-        assert figure(each, "aiproxy_attempts_total", upstream="one", verdict="answered") == 2
         assert figure(each, "aiproxy_first_byte_seconds_bucket", upstream="one", le="0.5") == 2
         assert figure(each, "aiproxy_answer_seconds_count", upstream="one") == 2
         assert figure(each, "aiproxy_tokens_total", upstream="one", kind="input") == 10
-        assert figure(each, "aiproxy_client_tokens_total", client="me", model="claude-x", kind="input") == 10
         assert figure(each, "aiproxy_build_info", version=__version__) == 1
-        assert figure(each, "aiproxy_streams_in_flight") == 2
-        assert figure(each, "aiproxy_circuit_state", upstream="one", state="open") == 1
-        assert figure(each, "aiproxy_circuit_state", upstream="one", state="closed") == 1
         assert figure(each, "aiproxy_reloads_total", result="applied") == 1
-    second.end()
-    first.do(f"process_ended({second.process.pid})")
-    assert figure(first, "aiproxy_streams_in_flight") == 1
-    assert figure(first, "aiproxy_circuit_state", upstream="one", state="open") == 0
-    assert figure(first, "aiproxy_requests_total", **labels) == 2
-    assert figure(first, "aiproxy_tokens_total", upstream="one", kind="input") == 10
-    # A file that another process is just creating.
-    (tmp_path / "counter_1.db").touch()
-    assert figure(first, "aiproxy_requests_total", **labels) == 2
+    assert figure(both, "aiproxy_streams_in_flight") == 2
+    assert figure(one, "aiproxy_streams_in_flight") == 1
+    assert figure(both, "aiproxy_circuit_state", upstream="one", state="open") == 1
+    assert figure(one, "aiproxy_circuit_state", upstream="one", state="open") == 0
 
 
-def test_a_process_that_starts_later_goes_on_where_the_others_are(worker):
-    (first,) = worker()
-    first.do("[metrics.reloaded('applied') for _ in range(3)]")
-    first.do(f"[metrics.request(f'made-up-{{n}}', 'complete', None) for n in range({STRANGERS})]")
-    (second,) = worker()
-    first.end()
-    second.do(f"process_ended({first.process.pid})")
-    second.do("metrics.reloaded('applied')")
-    assert figure(second, "aiproxy_reloads_total", result="applied") == 4
-    second.do("metrics.request('one-more', 'complete', None)")
-    assert len(models(second)) == STRANGERS + 1
-    assert "other" in models(second)
+def test_ended_workers_that_were_added_up_count_as_before():
+    first, second = busy(Metrics()), busy(Metrics())
+    once = exposition_of([Figures(None, [], [merged([], [first.families(), second.families()])])])
+    assert parsed(once[0]) == parsed(Together([], [first, second]).exposition()[0])
 
 
-def test_an_upstream_vanishes_when_the_last_process_forgot_it(worker):
-    first, second = worker(2)
+def test_a_worker_that_starts_later_goes_on_where_the_others_are():
+    first, second = Metrics(), Metrics()
+    for _ in range(3):
+        first.reloaded("applied")
+    for n in range(STRANGERS):
+        first.request(f"made-up-{n}", "complete", None)
+    second.start_from([first.families()])
+    second.reloaded("applied")
+    assert figure(Together([second], [first]), "aiproxy_reloads_total", result="applied") == 4
+    second.request("one-more", "complete", None)
+    assert models(second) == {"other"}
+
+
+def test_an_upstream_vanishes_when_the_last_worker_forgot_it():
+    first, second = Metrics(), Metrics()
+    both = Together([first, second])
     for each in (first, second):
-        each.do("metrics.circuits({'one': 'closed', 'two': 'open'})")
-    first.do("metrics.circuits({'one': 'closed'})")
-    assert figure(second, "aiproxy_circuit_state", upstream="two", state="open") == 1
-    second.do("metrics.circuits({'one': 'closed'})")
-    for each in (first, second):
-        assert labels_of(each, "aiproxy_circuit_state", "upstream") == {"one"}
-        assert figure(each, "aiproxy_circuit_state", upstream="one", state="closed") == 2
-
-
-def test_odd_characters_cross_processes(worker):
-    first, second = worker(2)
-    first.do(f"[metrics.request(name, 'complete', name) for name in {ODD!r}]")
-    assert models(second) == set(ODD)
+        each.circuits({"one": "closed", "two": "open"})
+    first.circuits({"one": "closed"})
+    assert figure(both, "aiproxy_circuit_state", upstream="two", state="open") == 1
+    second.circuits({"one": "closed"})
+    assert labels_of(both, "aiproxy_circuit_state", "upstream") == {"one"}
+    assert figure(both, "aiproxy_circuit_state", upstream="one", state="closed") == 2
 
 
 # What deploy/ makes of the figures
@@ -526,36 +451,6 @@ def test_each_alert_says_what_to_do():
         assert rule["labels"]["severity"] in ("warning", "critical")
         assert rule["annotations"]["summary"]
         assert len(rule["annotations"]["description"]) > 100
-
-
-def folders():
-    return {path.name for path in Path("/dev/shm").glob("aiproxy-metrics-*")}
-
-
-def test_a_start_that_fails_leaves_no_figures_behind(serve, config_of, upstream):
-    taken = serve(config_of([upstream()]))
-    second = serve({**config_of([upstream()]), "listen": taken.port}, workers=2, wait=False)
-    assert second.wait_exit(20) != 0
-    assert not [name for name in folders() if f"-{second.process.pid}-" in name]
-
-
-def test_the_next_start_removes_what_a_killed_one_left(serve, config_of, upstream):
-    served = serve(config_of([upstream()]), workers=2)
-    mine = {name for name in folders() if f"-{served.process.pid}-" in name}
-    assert len(mine) == 1
-    for pid in [served.process.pid, *served.workers()]:
-        os.kill(pid, signal.SIGKILL)
-    served.process.wait()
-    serve(config_of([upstream()]), workers=2)
-    assert not mine & folders()
-
-
-def test_figures_are_in_the_runtime_directory_where_there_is_one(tmp_path, serve, config_of, upstream):
-    before = folders()
-    served = serve(config_of([upstream()]), workers=2, env={"RUNTIME_DIRECTORY": str(tmp_path)})
-    await_text(served, 'aiproxy_circuit_state{state="closed",upstream="a"} 2.0')
-    assert folders() == before
-    assert [path.name for path in tmp_path.glob("aiproxy-metrics-*")]
 
 
 def test_a_refused_file_counts_once_however_many_workers_start_while_it_lies_there(
