@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import select
+import socket
 import sys
 import zlib
 from typing import Any
@@ -106,6 +107,9 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         ]
         with contextlib.suppress(OSError):  # it may be gone
             write_nonblock(client, "\r\n".join(head).encode() + body)
+            # gunicorn's main thread would wait two seconds for the client to close the connection. It would
+            # accept nobody meanwhile, and after thirty such requests it would be taken for dead.
+            socket.socket.shutdown(client, socket.SHUT_RD)
 
     def accept(self, listener: Any) -> None:
         """As gthread's; an event from before the stop may still be on its way here."""
@@ -124,6 +128,8 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             while _is_waited_for(listener):
                 self.accept(listener)
             listener.close()
+        for connection in self.pending_conns:  # they have sent nothing; gunicorn would wait for them
+            connection.timeout = 0.0
         self._service.shut_down(self.cfg.graceful_timeout)
         self.alive = False
 

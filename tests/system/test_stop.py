@@ -90,3 +90,13 @@ def test_an_upload_that_stalls_until_the_end_is_told_of_the_restart(upstream, se
         got = client.read()
     assert (got.status, got.json()["error"]["type"]) == (529, "overloaded_error")
     assert (served.wait_exit(), len(a.seen)) == (0, 0)
+
+
+def test_a_connection_that_has_sent_nothing_does_not_hold_up_the_end(upstream, serve, config_of):
+    """gunicorn hands such a connection from its thread to the event loop after 5 s."""
+    served = serve(config_of([upstream()]), gunicorn_args=["--graceful-timeout", "20"])
+    with socket.create_connection((HOST, served.port)):
+        threading.Event().wait(5.5)
+        began = stop(served)
+        assert served.wait_exit() == 0
+    assert time.monotonic() - began < 3

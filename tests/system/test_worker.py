@@ -1,6 +1,8 @@
 """gunicorn's worker as aiproxy has it: on one core, and each on its own."""
 
+import contextlib
 import os
+import socket
 import sys
 import threading
 import time
@@ -58,3 +60,18 @@ def test_what_gunicorn_cannot_read_is_refused_in_the_api_s_shape_and_repeated_no
     assert error["request_id"] == got.header("request-id")
     shared.wait_for_log(f"refused id={error['request_id']} status={status} ")
     assert "secret" not in got.body.decode() + "".join(shared.stdout_lines()) + shared.stderr
+
+
+def test_requests_that_cannot_be_read_do_not_hold_up_the_accepting_of_others(shared):
+    """gunicorn's main thread would wait two seconds for each of these clients to close its connection."""
+    with contextlib.ExitStack() as stack:
+        odd = [stack.enter_context(socket.create_connection((HOST, shared.port))) for _ in range(5)]
+        for sock in odd:
+            sock.sendall(b"GET / HTTP/1.1\r\nbad header\r\n\r\n")
+        for sock in odd:
+            assert sock.recv(12) == b"HTTP/1.1 400"
+        began = time.monotonic()
+        with RawClient.to(shared.url) as client:
+            client.request("GET", "/")
+            assert client.read().status == 200
+        assert time.monotonic() - began < 1
