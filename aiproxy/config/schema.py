@@ -4,6 +4,7 @@ A new setting is a line in its Struct and a line in its table.
 """
 
 import ipaddress
+import math
 import os
 import re
 import ssl
@@ -54,6 +55,7 @@ _URL = re.compile(
 )
 # gunicorn would drop a second slash, and all up to a second "unix:".
 _UNIX_SOCKET = re.compile(r"unix:(/(?!/)(?:(?!unix:)[^\x00-\x1f\x7f])+)")
+_MOST_WORKERS = 4  # for `auto`; more serve more only with a CPU to spare for each
 _LONGEST_SOCKET = 107  # bytes; see unix(7)
 #: RFC 3986 section 3.2.1.
 _USERINFO = r"(?:[a-z0-9._~!$&'()*+,;=-]|%[0-9a-f]{2})"
@@ -319,10 +321,21 @@ def _client_key(value: Value) -> ClientKey:
 
 
 def _workers(value: Value) -> int:
-    """A number, or `auto` for one a core of those that this process may use."""
+    """A number, or `auto` for one per core that this process may use, at most `_MOST_WORKERS`."""
     if value.text().lower() == "auto":
-        return len(os.sched_getaffinity(0))
+        return min(_cores(), _MOST_WORKERS)
     return whole("a whole number, 1 or more, or auto", 1)(value)
+
+
+def _cores() -> int:
+    """The cores that this process may use, by its affinity and by its control group's quota (cgroups v2)."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        group = Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip()
+        quota, period = Path(f"/sys/fs/cgroup{group}/cpu.max").read_text().split()
+        return min(cores, max(1, math.ceil(int(quota) / int(period))))
+    except (OSError, ValueError):  # another version of cgroups, or no quota: "max"
+        return cores
 
 
 def _admin_key(value: Value) -> ClientKey:

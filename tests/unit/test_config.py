@@ -1465,11 +1465,32 @@ def test_faults_of_client_keys_and_routing_are_told_without_a_key(
     assert "t0ken" not in "".join(faults)
 
 
-@pytest.mark.parametrize(("spelt", "workers"), [("1", 1), ("4", 4), ("auto", None), ("AUTO", None)])
-def test_workers_are_a_number_or_one_a_core(tmp_path, spelt, workers):
-    path = tmp_path / "config.yaml"
-    path.write_text(f"workers: {spelt}\nupstreams: [{{base_url: 'demo://answers'}}]\n")
-    assert load(path).workers == (workers or len(os.sched_getaffinity(0)))
+@pytest.mark.parametrize(
+    ("spelt", "cores", "quota", "workers"),
+    [
+        ("1", 2, "max 100000", 1),
+        ("40", 2, "max 100000", 40),
+        ("auto", 2, "max 100000", 2),
+        ("AUTO", 64, "max 100000", 4),
+        ("auto", 3, "150000 100000", 2),
+        ("auto", 3, "10000 100000", 1),
+        ("auto", 3, None, 3),
+    ],
+)
+def test_workers_are_a_number_or_one_per_core_that_may_be_used(
+    loader: Loader, monkeypatch: pytest.MonkeyPatch, spelt: str, cores: int, quota: str | None, workers: int
+) -> None:
+    def read_text(path: Path, *_: object) -> str:
+        if path == Path("/proc/self/cgroup"):
+            return "0::/system.slice/aiproxy.service\n"
+        assert path == Path("/sys/fs/cgroup/system.slice/aiproxy.service/cpu.max")
+        if quota is None:
+            raise FileNotFoundError
+        return f"{quota}\n"
+
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setattr("pathlib.Path.read_text", read_text)
+    assert loader.settings(f"workers: {spelt}").workers == workers
 
 
 @pytest.mark.parametrize("spelt", ["0", "-1", "1.5", "many", "[]"])
