@@ -13,7 +13,7 @@ def main(arguments: list[str]) -> int:
     """Exit code 0 with a summary, 1 with all faults."""
     parser = argparse.ArgumentParser(prog="python -m aiproxy")
     commands = parser.add_subparsers(required=True, metavar="check")
-    check = commands.add_parser("check", help="tell all faults of a configuration, or sum it up")
+    check = commands.add_parser("check", help="list all faults of a configuration, or sum it up")
     check.add_argument("file", nargs="?", type=Path, help="default: $AIPROXY_CONFIG, else config.yaml")
     file = parser.parse_args(arguments).file or path_from(os.environ)
     if isinstance(sys.stdout, io.TextIOWrapper):

@@ -24,7 +24,7 @@ def create_app(
 
     `environ` holds what the gunicorn master has prepared for its workers; see `server.gunicorn_hooks`.
 
-    `app.extensions["aiproxy"]` is its `Service`, which wants to be told which server it serves and which
+    `app.extensions["aiproxy"]` is its `Service`, which must be given the server that it serves and the
     file it is to follow.
     """
     service = Service(config, clock, Metrics(), _state(config, environ))

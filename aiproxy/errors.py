@@ -73,7 +73,7 @@ def too_large(limit: int, code: str | None = None) -> ApiError:
 
 
 def new_request_id() -> str:
-    """What joins the lines of one request in the log, and what the client is told."""
+    """What joins the lines of one request in the log, and what the client gets."""
     return f"req_{uuid.uuid4().hex[:24]}"
 
 

@@ -255,7 +255,7 @@ def _is_json(value: bytes) -> bool:
 # JSON that was cut off
 #
 # One pass over its tokens, without recursion, remembers up to where the text can stand and what would
-# close the containers that are open there. What may come next is told by the tokens' first characters,
+# close the containers that are open there. What may come next is known by the tokens' first characters,
 # `0` for numbers and literals.
 
 _VALUE = b'{["0'

@@ -1,4 +1,4 @@
-"""YAML file -> frozen, validated settings; every fault names its path, and all are told at once."""
+"""YAML file -> frozen, validated settings; every fault names its path, and all are reported at once."""
 
 from .schema import load
 from .settings import (

@@ -1,6 +1,6 @@
 """The configuration file: from bytes to values that know their path and their place.
 
-What is wrong with a value is noted, not raised, so that all faults are told at once, in the order of the
+What is wrong with a value is noted, not raised, so that all faults are reported at once, in the order of the
 file. No fault and no warning shows what looks like a secret.
 """
 
@@ -82,11 +82,11 @@ class Value:
 
     def fault(self, problem: str, key: str | None = None) -> None:
         """Note that this value, or the one under `key`, is not as it should be."""
-        self._tell(self.file.faults, problem, key)
+        self._note(self.file.faults, problem, key)
 
     def warn(self, text: str, key: str | None = None) -> None:
         """Note what is odd about this value, or about the one under `key`."""
-        self._tell(self.file.warnings, text, key)
+        self._note(self.file.warnings, text, key)
 
     def refuse(self, expected: str) -> NoReturn:
         """Raise the fault that says what the value is and what is expected of it."""
@@ -208,14 +208,14 @@ class Value:
         is_single = isinstance(self.node, yaml.ScalarNode) and self.node.tag in _TAGS and not self.is_null
         return "a single value" if is_single else self.shown()
 
-    def _tell(self, told: list[tuple[int, str]], text: str, key: str | None) -> None:
+    def _note(self, notes: list[tuple[int, str]], text: str, key: str | None) -> None:
         path = self.path if key is None else _join(self.path, _cut(key))
         place = self._places.get(key or "", self.place)
         if not path:
-            told.append((place, f"{self.file.name}: {text}"))
+            notes.append((place, f"{self.file.name}: {text}"))
             return
         label = f" ({self.label})" if self.label else ""
-        told.append((place, f"{self.file.name}: line {self.file.line_of(place)}: {path}{label}: {text}"))
+        notes.append((place, f"{self.file.name}: line {self.file.line_of(place)}: {path}{label}: {text}"))
 
 
 def content_of(path: Path) -> bytes:
@@ -328,6 +328,6 @@ def _is_unicode(text: str) -> bool:
     return not re.search(r"[\ud800-\udfff]", text)
 
 
-def in_order(told: list[tuple[int, str]]) -> tuple[str, ...]:
-    """What was told, in the order of its places in the file."""
-    return tuple(line for _, line in sorted(told, key=lambda each: each[0]))
+def in_order(notes: list[tuple[int, str]]) -> tuple[str, ...]:
+    """The notes, in the order of its places in the file."""
+    return tuple(line for _, line in sorted(notes, key=lambda each: each[0]))

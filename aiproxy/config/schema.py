@@ -478,7 +478,7 @@ def load(
 
     `sources`: what has been read already. `was_good`: it has been in force, so that other files which are
     gone since are no reason to refuse it. `is_check`: it is not to be served; faults that old files may have
-    are told, too.
+    are reported, too.
     """
     sources = read_sources(path) if sources is None else sources
     file = File(path, environ, was_good, is_check)

@@ -97,7 +97,7 @@ class Substituted(msgspec.Struct, frozen=True):
         return [("values", "...")]
 
     def are_in(self, text: str) -> bool:
-        """Whether the text tells one of them; a digit or a word such as `yes` is none worth hiding."""
+        """Whether the text shows one of them; a digit or a word such as `yes` is none worth hiding."""
         return any(len(value) >= 4 and value in text for value in self.values)
 
 
@@ -206,7 +206,7 @@ def is_loopback(host: str) -> bool:
 
 
 def check_addresses(config: Config, addresses: Iterable[Any]) -> None:
-    """What is truly listened on, as sockets tell it: the command line may bind other addresses.
+    """Check the addresses that sockets really listen on: the command line may bind others.
 
     Raises `ConfigError` where strangers would be served without keys. Unix sockets are no matter here.
     """

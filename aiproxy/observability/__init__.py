@@ -1,4 +1,4 @@
-"""What is told of the service while it runs: log lines, figures for Prometheus, the last hour.
+"""What is reported of the service while it runs: log lines, figures for Prometheus, the last hour.
 
 Told by others what happened; nothing here decides anything.
 """

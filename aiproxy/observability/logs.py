@@ -87,8 +87,8 @@ def backoff(upstream: str, model: str | None, seconds: float) -> None:
 
 def exception(event: str, **fields: Value) -> None:
     """Write one line and the traceback of the exception in hand: a bug of ours."""
-    told = "".join(traceback.format_exception(sys.exception()))
-    _handler().put(_Line(time.time(), "ERROR", event, fields, told))
+    trace = "".join(traceback.format_exception(sys.exception()))
+    _handler().put(_Line(time.time(), "ERROR", event, fields, trace))
 
 
 def configure(settings: LoggingSettings) -> None:
@@ -147,7 +147,7 @@ class _Stdout:
 
 
 class _Handler(logging.Handler):
-    """Spells each record and writes it; what cannot be written is told on standard error and dropped."""
+    """Spells each record and writes it; what cannot be written is reported on standard error and dropped."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -171,16 +171,16 @@ class _Handler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Another package's record: its name, its process and what it says."""
-        told = "".join(traceback.format_exception(*record.exc_info)) if record.exc_info else None
+        trace = "".join(traceback.format_exception(*record.exc_info)) if record.exc_info else None
         fields = {"pid": record.process, "message": record.getMessage()}
-        self.put(_Line(record.created, record.levelname, record.name.partition(".")[0], fields, told))
+        self.put(_Line(record.created, record.levelname, record.name.partition(".")[0], fields, trace))
 
     def put(self, line: "_Line") -> None:
         """Spell a line and write it."""
-        spelt = self._spell(line) + "\n"
+        text = self._spell(line) + "\n"
         self.acquire()
         try:
-            self._out.write(spelt)
+            self._out.write(text)
         except OSError as error:
             self._complain(error)
         except ValueError:
@@ -198,13 +198,13 @@ class _Handler(logging.Handler):
 
 
 class _Line(msgspec.Struct, frozen=True):
-    """What one line says; `at` is Unix time, `told` a traceback."""
+    """What one line says; `at` is Unix time, `trace` a traceback."""
 
     at: float
     level: str
     event: str
     fields: dict[str, Any]
-    told: str | None = None
+    trace: str | None = None
 
 
 def _time_of(line: _Line) -> str:
@@ -220,17 +220,17 @@ def _second(at: int) -> str:
 def _as_text(line: _Line) -> str:
     pairs = [f"{name}={_written(value)}" for name, value in line.fields.items() if value is not None]
     text = " ".join([_time_of(line), line.level, line.event, *pairs])
-    if line.told is None:
+    if line.trace is None:
         return text
     # What an exception says of a prompt must not forge a line.
-    return "\n".join([text, *(f"  | {_CONTROL.sub(_as_escape, each)}" for each in line.told.splitlines())])
+    return "\n".join([text, *(f"  | {_CONTROL.sub(_as_escape, each)}" for each in line.trace.splitlines())])
 
 
 def _as_json(line: _Line) -> str:
     shown = {"time": _time_of(line), "level": line.level, "event": line.event}
     shown |= {name: _json_value(value) for name, value in line.fields.items() if value is not None}
-    if line.told is not None:
-        shown["traceback"] = line.told.rstrip("\n")
+    if line.trace is not None:
+        shown["traceback"] = line.trace.rstrip("\n")
     return _UNSAFE.sub(_as_json_escape, _JSON.encode(shown))
 
 

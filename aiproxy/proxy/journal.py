@@ -1,6 +1,6 @@
-"""What is told of requests and attempts: to the log, to the metrics and to the last hour's history.
+"""What is reported of requests and attempts: to the log, to the metrics and to the last hour's history.
 
-One place tells all three, so that they never disagree. It judges nothing.
+One place reports to all three, so that they never disagree.
 """
 
 import logging

@@ -22,7 +22,7 @@ class ClientKeys:
 
         Clients send a key as `x-api-key` or as `Authorization: Bearer`, or two at once, of which one may
         be meant for somebody else: any good one will do. Every key is compared with every other, so that
-        the time tells nothing.
+        the time reveals nothing.
         """
         found = None
         for credential in credentials(headers):

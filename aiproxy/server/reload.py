@@ -27,7 +27,7 @@ LAST_GOOD = "AIPROXY_LAST_GOOD"
 
 #: Settings that gunicorn reads once, at its start.
 _NEED_RESTART = ("bind", "listen", "workers", "state")
-#: Told otherwise: warnings by themselves, the others as `listen`.
+#: Shown otherwise: warnings by themselves, the others as `listen`.
 _LEFT_OUT = ("warnings", "port", "unix_socket", "substituted")
 _LONGEST_SHOWN = 60
 
@@ -168,17 +168,17 @@ class Follower:
 def changes(old: Config, new: Config) -> list[str]:
     """What is different, a line for each setting, in the order of the settings; secrets only as changed."""
     trees = [{"listen": each.unix_socket or each.port, **_shown(each)} for each in (old, new)]
-    told = [(path, _difference(was, now), path in _NEED_RESTART) for path, was, now in _changes("", *trees)]
+    found = [(path, _difference(was, now), path in _NEED_RESTART) for path, was, now in _changes("", *trees)]
     return [
         f"{path}: {'changed' if _is_secret(difference, old, new) else difference}"
         f"{' (needs a restart)' if needs_restart else ''}"
-        for path, difference, needs_restart in told
+        for path, difference, needs_restart in found
     ]
 
 
-def _is_secret(told: str, old: Config, new: Config) -> bool:
-    """Whether it tells what an environment variable stood for: that may be a key wherever it stands."""
-    return old.substituted.are_in(told) or new.substituted.are_in(told)
+def _is_secret(text: str, old: Config, new: Config) -> bool:
+    """Whether it shows what a variable stood for: that may be a key wherever it stands."""
+    return old.substituted.are_in(text) or new.substituted.are_in(text)
 
 
 def _changes(path: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
@@ -195,11 +195,11 @@ def _changes(path: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
 def _difference(old: Any, new: Any) -> str:
     if isinstance(old, dict | _Secret) or isinstance(new, dict | _Secret):
         return "added" if old is None else "removed" if new is None else "changed"
-    was, now = map(_told, (old, new))
+    was, now = map(_as_text, (old, new))
     return f"{was} -> {now}" if len(was) + len(now) <= _LONGEST_SHOWN else "changed"
 
 
-def _told(value: Any) -> str:
+def _as_text(value: Any) -> str:
     if value is None:
         return "not set"
     return ", ".join(sorted(value)) or "none" if isinstance(value, frozenset) else str(value)

@@ -125,7 +125,7 @@ def _add_error_handlers(blueprint: flask.Blueprint) -> None:
     @blueprint.app_errorhandler(Exception)
     def on_bug(error: Exception) -> flask.Response:
         logs.exception("bug", id=current_request().id)
-        return turn_away(ApiError(500, "api_error", "Internal error in aiproxy; its log tells more."))
+        return turn_away(ApiError(500, "api_error", "Internal error in aiproxy; see its log."))
 
 
 def current_request() -> Incoming:

@@ -41,7 +41,7 @@ from .models import Models
 from .reload import Follower, LastGood, Start, changes
 from .status import Snapshot, Status, put_together, rows
 
-#: gunicorn.conf.py's; what another server or the command line sets is told by `serve`.
+#: gunicorn.conf.py's; `serve` sets another value of the command line or of another server.
 DEFAULT_THREADS = 256
 
 

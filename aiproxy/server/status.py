@@ -81,7 +81,7 @@ class Status(msgspec.Struct, frozen=True):
     upstreams: list[Row]
     workers: list[Worker]  # whose figures are in here
     is_shared: bool  # whether it is of all workers of all machines
-    silent: list[str]  # workers that should have told theirs and did not
+    silent: list[str]  # workers whose snapshots are missing
     problem: str | None  # why no other worker could be asked
 
 

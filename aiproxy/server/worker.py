@@ -42,7 +42,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
     alive: bool
 
     def load_wsgi(self) -> None:
-        """Once the application is there, tell it who serves it."""
+        """Load the application, and give it the threads and addresses that serve it."""
         _pin(self.age, [listener.getsockname() for listener in self.sockets])
         _share_arena()
         super().load_wsgi()
@@ -137,7 +137,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
 def _refusal(exc: BaseException) -> ApiError:
     """With a status as gunicorn's, and its exception's name for a reason."""
     if not isinstance(exc, ParseException):
-        return ApiError(500, "api_error", "Internal error in aiproxy; its log tells more.")
+        return ApiError(500, "api_error", "Internal error in aiproxy; see its log.")
     name = type(exc).__name__
     words = " ".join(re.findall("[A-Z]+(?![a-z])|[A-Z][a-z0-9]+", name)).lower()
     status = _STATUS.get(name, 400)

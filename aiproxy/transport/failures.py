@@ -52,8 +52,8 @@ def wants_password(status: int, headers: Mapping[str, str]) -> bool:
 def refused_tunnel(error: Exception | None) -> str | None:
     """What a forward proxy said instead of opening a tunnel, None if it did not refuse."""
     for cause in _chain(error):
-        if isinstance(cause, OSError) and (told := _REFUSED_TUNNEL.fullmatch(str(cause))):
-            return refusal(int(told[1]), told[2])
+        if isinstance(cause, OSError) and (found := _REFUSED_TUNNEL.fullmatch(str(cause))):
+            return refusal(int(found[1]), found[2])
     return None
 
 
@@ -71,8 +71,8 @@ def plain(error: Exception) -> str:
             return cause.detail
         if isinstance(cause, ssl.SSLCertVerificationError):
             mismatch = cause.verify_code in _MISMATCHES
-            told = "it is for another host" if mismatch else cause.verify_message
-            return f"the certificate does not verify: {told}"
+            why = "it is for another host" if mismatch else cause.verify_message
+            return f"the certificate does not verify: {why}"
         if isinstance(cause, ssl.SSLError):
             return f"TLS failed: {(cause.reason or 'unknown').lower().replace('_', ' ')}"
         if isinstance(cause, socket.gaierror):

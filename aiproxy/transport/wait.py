@@ -68,7 +68,7 @@ class ShuttingDown(Interrupted):
 
 
 class Shutdown:
-    """One per process: tells all waits that the worker stops. Thread-safe."""
+    """One per process: ends all waits when the worker stops. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -80,7 +80,7 @@ class Circuit(msgspec.Struct, frozen=True):
 
 
 class View(msgspec.Struct, frozen=True):
-    """A circuit as one process tells another; in seconds from now, since clocks differ."""
+    """A circuit as other processes know it; in seconds from now, since clocks differ."""
 
     failures: int = 0
     open_for: float | None = None  # None: closed; 0: half-open

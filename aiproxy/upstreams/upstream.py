@@ -42,7 +42,7 @@ class Upstream:
 
     @property
     def id(self) -> str:
-        """The same in each process that knows it as the same account; tells no secret."""
+        """The same in each process that knows it as the same account; holds no secret."""
         account = [getattr(self.settings, name) for name in _ACCOUNT]
         return f"{self.name}:{hashlib.sha256(msgspec.json.encode(account)).hexdigest()[:16]}"
 
