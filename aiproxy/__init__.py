@@ -6,7 +6,8 @@ upstream            a service that speaks the Messages API, with its account
 client, client key  who asks, and the key that names them
 exchange            one client request and everything that is done for it
 attempt             one request to one upstream
-fault, failure      how an attempt failed, in one word; all that is known of it
+fault               how an attempt failed, in one word
+problem, failure    a failure as the policy sees it; the same with what came for client and log
 cost, rank          what a failure costs the upstream; how well it serves as the client's answer
 failover            the next attempt, after one that brought no valid answer
 piece, block        bytes as they were read; the bytes of one or more whole events

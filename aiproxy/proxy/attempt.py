@@ -9,6 +9,7 @@ import re
 import time
 from collections import deque
 from collections.abc import Iterator
+from typing import Self
 
 import msgspec
 
@@ -46,31 +47,18 @@ _BEFORE_CONTENT = frozenset({b"message_start", b"ping"})
 _PARTIAL_STRINGS = "fine-grained-tool-streaming-2025-05-14"
 
 
-class ErrorBody(msgspec.Struct, frozen=True):
-    """What an error body says; empty strings where it does not."""
-
-    type: str = ""
-    message: str = ""
-    code: str = ""  # `error.details.error_code`
-
-
 class Failure(msgspec.Struct, frozen=True):
-    """An attempt that brought no answer."""
+    """An attempt that brought no answer; `headers` and `body` are those of an error that came."""
 
-    fault: Fault
+    problem: Problem
     detail: str
-    status: int | None = None  # of the error that the upstream answered, with its headers and body
     headers: Pairs = []
     body: bytes = b""
-    retry_after: float | None = None  # seconds
-    error: ErrorBody = ErrorBody()
 
-    @property
-    def problem(self) -> Problem:
-        """The failure as the policy sees it."""
-        return Problem(
-            self.fault, self.status, self.error.type, self.error.message, self.error.code, self.retry_after
-        )
+    @classmethod
+    def of(cls, fault: Fault, detail: str, body: bytes = b"") -> Self:
+        """A failure that is not an error of the API's; `body`: what came instead, for the log."""
+        return cls(Problem(fault), detail, body=body[:_SAMPLE])
 
 
 class Answer(msgspec.Struct, frozen=True):
@@ -118,9 +106,9 @@ class Attempt:
             outcome = self._run()
             streaming = isinstance(outcome, Answer) and isinstance(outcome.body, Stream)
         except (TransportError, Interrupted) as failed:
-            outcome = Failure(failed.fault, failed.detail)
+            outcome = Failure.of(failed.fault, failed.detail)
         except sse.EventTooLarge:
-            outcome = Failure(Fault.BROKEN, "an event is over the size limit")
+            outcome = Failure.of(Fault.BROKEN, "an event is over the size limit")
         finally:
             if self._response is not None and not streaming:
                 self._response.close()
@@ -135,7 +123,7 @@ class Attempt:
         if response.status >= 400:
             return self._error_status(response)
         if not 200 <= response.status < 300:
-            return Failure(Fault.NO_ANSWER, f"status {response.status}")
+            return Failure.of(Fault.NO_ANSWER, f"status {response.status}")
         kind = media_type(response.headers)
         if kind != (_EVENTS if self._streams else _JSON):
             return self._wrong_type(response, kind)
@@ -176,11 +164,11 @@ class Attempt:
         try:
             message = members(body)
         except ValueError:
-            return Failure(Fault.NO_ANSWER, "the body is no JSON object", body=body[:_SAMPLE])
+            return Failure.of(Fault.NO_ANSWER, "the body is no JSON object", body=body)
         if _is_error(message):
             return self._error(None, body, response.headers)
         if self._asks_for_message and text(message.get("type", b"")) != "message":
-            return Failure(Fault.NO_ANSWER, "the body is not a Message", body=body[:_SAMPLE])
+            return Failure.of(Fault.NO_ANSWER, "the body is not a Message", body=body)
         self.usage.note_answer(message)
         return Answer(response.status, to_client(response.headers, response.is_decoded), body)
 
@@ -208,7 +196,7 @@ class Attempt:
                     break
             message = accumulator.message()
         except Malformed as malformed:
-            return Failure(Fault.NO_ANSWER, f"no Message: {malformed}")
+            return Failure.of(Fault.NO_ANSWER, f"no Message: {malformed}")
         if accumulator.repaired:
             logs.line(logging.WARNING, "repaired", id=self._request.id, what="a tool input that was cut off")
         headers = [
@@ -245,13 +233,13 @@ class Attempt:
                 return self._error_event(content.data, response.headers)
             if content is not None and not content.name:
                 detail = "the events have no `event:` lines"
-                return Failure(Fault.NO_ANSWER, detail, body=content.data[:_SAMPLE])
+                return Failure.of(Fault.NO_ANSWER, detail, body=content.data)
             is_sign_of_life = not events or any(each.name == b"ping" for each in events)
             is_late = time.monotonic() - self._began > PATIENCE and is_sign_of_life and held
             if content is not None or framer.partial or is_late:
                 stream = Stream(self._wait, response, pieces, held, framer, self.usage)
                 return self._commit(response, stream)
-        return Failure(Fault.NO_ANSWER, "the stream ended before its first content")
+        return Failure.of(Fault.NO_ANSWER, "the stream ended before its first content")
 
     def _commit(self, response: UpstreamResponse, stream: Stream) -> Answer:
         self._wait.limit(silence=self._tools.timeouts.idle)
@@ -270,7 +258,7 @@ class Attempt:
                 upstream=self.upstream.name,
                 text="it streams though not asked to: set must_stream: true for it",
             )
-            return Failure(Fault.NO_ANSWER, detail)
+            return Failure.of(Fault.NO_ANSWER, detail)
         self._wait.limit(ERROR_BODY_SECONDS)  # the head has decided already
         body = b""
         try:
@@ -282,7 +270,7 @@ class Attempt:
                 raise
         except ValueError:
             """It is not an error of the API's."""
-        return Failure(Fault.NO_ANSWER, detail, body=body[:_SAMPLE])
+        return Failure.of(Fault.NO_ANSWER, detail, body=body)
 
     def _error_status(self, response: UpstreamResponse) -> Failure:
         """An error by its HTTP status. A body that is late or incomplete is replaced by one of ours."""
@@ -299,25 +287,16 @@ class Attempt:
 
     def _error(self, status: int | None, body: bytes, headers: Pairs) -> Failure:
         """An error answer; without an HTTP `status` of 400 or more, its type says which one it counts as."""
-        error = error_body_of(body)
-        status = status_of_type(error.type) if status is None else status
+        problem = problem_of(body, status, seconds_of(value_of(headers, "retry-after")))
         is_decoded = self._response is not None and self._response.is_decoded
-        return Failure(
-            Fault.ERROR,
-            f"status {status}",
-            status,
-            to_client(headers, is_decoded),
-            body,
-            seconds_of(value_of(headers, "retry-after")),
-            error,
-        )
+        return Failure(problem, f"status {problem.status}", to_client(headers, is_decoded), body)
 
     def _error_event(self, data: bytes, headers: Pairs) -> Failure:
         """An `error` event before the commit point: the error that it would have been without a stream."""
         try:
             members(data)
         except ValueError:
-            return Failure(Fault.NO_ANSWER, "an error event that is not a JSON object", body=data[:_SAMPLE])
+            return Failure.of(Fault.NO_ANSWER, "an error event that is not a JSON object", body=data)
         kept = [pair for pair in headers if pair[0] != "content-type"]
         return self._error(None, data, [*kept, ("content-type", _JSON)])
 
@@ -354,14 +333,16 @@ def _is_error_data(event: sse.Event) -> bool:
         return False
 
 
-def error_body_of(body: bytes) -> ErrorBody:
-    """What an error body says, as far as it has the API's shape."""
+def problem_of(body: bytes, status: int | None = None, retry_after: float | None = None) -> Problem:
+    """An error by its body, as far as that has the API's shape; without a `status` its type says which."""
     try:
         error = members(members(body).get("error", b""))
     except ValueError:
-        return ErrorBody()
+        error = {}
     try:
         code = text(members(error.get("details", b"")).get("error_code", b"")) or ""
     except ValueError:
         code = ""
-    return ErrorBody(text(error.get("type", b"")) or "", text(error.get("message", b"")) or "", code)
+    type_, message = (text(error.get(name, b"")) or "" for name in ("type", "message"))
+    status = status_of_type(type_) if status is None else status
+    return Problem(Fault.ERROR, status, type_, message, code, retry_after)

@@ -19,16 +19,14 @@ from ..policy import (
     Cost,
     Decision,
     Fault,
-    Problem,
     Rank,
     decide,
     names_model,
-    status_of_type,
 )
 from ..upstreams.balancer import Candidate
 from ..upstreams.message_threads import Owners, uses_thread
 from ..upstreams.upstream import Upstream
-from .attempt import Answer, Attempt, Failure, error_body_of
+from .attempt import Answer, Attempt, Failure, problem_of
 from .journal import Done, Journal
 from .outcome import Outcome
 from .request import Request
@@ -81,7 +79,7 @@ class Exchange:
         best = self._best()
         if best is None or best.decision.rank is not Rank.REQUEST:
             return True
-        return best.failure.status not in (400, 422)
+        return best.failure.problem.status not in (400, 422)
 
     @property
     def all_lack_it(self) -> bool:
@@ -110,7 +108,7 @@ class Exchange:
             self.lacking.append(attempt.upstream)
             return True
         self._failed.append(FailedAttempt(attempt, failure, decision))
-        timeouts = sum(each.failure.fault is Fault.TIMEOUT for each in self._failed)
+        timeouts = sum(each.failure.problem.fault is Fault.TIMEOUT for each in self._failed)
         return decision.try_next and timeouts < MOST_TIMEOUTS
 
     def reply(self, attempt: Attempt, answer: Answer) -> Reply:
@@ -137,14 +135,15 @@ class Exchange:
         if self.request.wait.ended is Fault.RESTART:
             return self._own(ApiError(529, "overloaded_error", "aiproxy is restarting."), Outcome.RESTART)
         best = self._best()
-        if best is None or best.failure.status is None:
+        status = best.failure.problem.status if best is not None else None
+        if best is None or status is None:
             return self._own(self._own_error(), Outcome.ERROR)
         self._attempt = best.attempt
         headers = best.failure.headers
         if best.decision.rank is Rank.RETRYABLE:
             headers = self._with_soonest_retry(headers)
         body = self._journal.redactor.answer(best.failure.body)
-        return self._whole(best.failure.status, self._headers(best.attempt, headers), body, Outcome.ERROR)
+        return self._whole(status, self._headers(best.attempt, headers), body, Outcome.ERROR)
 
     def finish(self, sent: int, is_complete: bool) -> None:
         """The exchange is over; a second call does nothing. Without a reply it only settles the permit.
@@ -188,9 +187,7 @@ class Exchange:
         elif stream.outcome in (Outcome.BROKEN, Outcome.SILENT):
             self._attempt.candidate.fail()
         elif stream.error is not None:
-            error = error_body_of(stream.error)
-            status = status_of_type(error.type)
-            problem = Problem(Fault.ERROR, status, error.type, error.message, error.code)
+            problem = problem_of(stream.error)
             self._attempt.candidate.charge(
                 decide(problem, self._models(self._attempt), self.request.is_bound)
             )
@@ -204,12 +201,12 @@ class Exchange:
 
     def _own_error(self) -> ApiError:
         """What to say where no upstream sent an error that the client may see."""
-        if any(each.failure.fault is Fault.TIMEOUT for each in self._failed):
+        if any(each.failure.problem.fault is Fault.TIMEOUT for each in self._failed):
             return ApiError(504, "timeout_error", "No upstream answered in time.")
         accounts = [each for each in self._failed if each.decision.rank is Rank.ACCOUNT]
         if not accounts:
             return ApiError(502, "api_error", "No upstream could answer the request.")
-        said = accounts[-1].failure.error.message or f"status {accounts[-1].failure.status}"
+        said = accounts[-1].failure.problem.message or f"status {accounts[-1].failure.problem.status}"
         said = self._journal.redactor.text(said, 1000, self.request.secrets)
         return ApiError(502, "api_error", f"An upstream refused aiproxy's own account there: {said}")
 
@@ -240,9 +237,11 @@ class Exchange:
 
     def _lacks_endpoint(self, attempt: Attempt, failure: Failure) -> bool:
         """Whether an upstream says that it does not have this endpoint; a 404 may be about the model."""
-        if failure.status == 404:
-            return not self.request.is_bound and not names_model(failure.error.message, self._models(attempt))
-        return failure.status in (405, 501)
+        if failure.problem.status == 404:
+            return not self.request.is_bound and not names_model(
+                failure.problem.message, self._models(attempt)
+            )
+        return failure.problem.status in (405, 501)
 
     def _note_owner(self, attempt: Attempt) -> None:
         """Note which upstream made a thread's message, before the client can continue it."""
@@ -254,7 +253,7 @@ class Exchange:
         """Of several `retry-after` the smallest, in whole seconds: some upstream is free again by then."""
         if value_of(headers, "retry-after") is None:
             return headers  # the upstream that answered last may be free sooner
-        waits = [wait for each in self._failed if (wait := each.failure.retry_after)]
+        waits = [wait for each in self._failed if (wait := each.failure.problem.retry_after)]
         kept = [pair for pair in headers if pair[0] not in ("retry-after", "retry-after-ms")]
         return [*kept, ("retry-after", str(math.ceil(min(waits))))] if waits else kept
 

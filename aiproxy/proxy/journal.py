@@ -69,7 +69,7 @@ class Journal:
             model=request.body.model,
             upstream_model=attempt.model,
             status=attempt.status,
-            fault=failure.fault.value if failure is not None else None,
+            fault=failure.problem.fault.value if failure is not None else None,
             detail=failure.detail if failure is not None else None,
             verdict=verdict,
             reconnected=attempt.reconnected or None,
@@ -80,7 +80,7 @@ class Journal:
         if request.path == MESSAGES:
             self._metrics.attempt(attempt.upstream.name, verdict, attempt.first_byte)
             self._history.attempt(attempt.upstream.name, attempt.first_byte if failure is None else None)
-            if failure is not None and failure.fault not in _NOT_ITS_FAULT:
+            if failure is not None and failure.problem.fault not in _NOT_ITS_FAULT:
                 self._remember(request, attempt, _reason(failure))
 
     def streaming(self, request: Request) -> None:
@@ -150,5 +150,5 @@ class Journal:
 
 
 def _reason(failure: Failure) -> str:
-    message = failure.error.message
+    message = failure.problem.message
     return f"{failure.detail}: {message}" if message else failure.detail
