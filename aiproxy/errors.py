@@ -32,9 +32,12 @@ _RETRYABLE = frozenset({408, 409, 429})
 class ApiError(Exception):
     """An answer of our own, in the API's shape; it names no upstream address and no key."""
 
-    def __init__(self, status: int, type_: str, message: str, code: str | None = None) -> None:
-        """`code`: the API's `error.details.error_code`."""
+    def __init__(
+        self, status: int, type_: str, message: str, code: str | None = None, retry_after: int | None = None
+    ) -> None:
+        """`code`: the API's `error.details.error_code`; `retry_after` in seconds."""
         super().__init__(message)
+        self.retry_after = retry_after
         self.code = code
         self.status = status
         self.type = type_
@@ -44,8 +47,9 @@ class ApiError(Exception):
     def headers(self) -> list[tuple[str, str]]:
         """Beside the usual ones. The SDKs obey `x-should-retry` before they look at the status; without it
         Claude Code repeats a request with a wrong key for minutes."""
-        may_retry = self.status >= 500 or self.status in _RETRYABLE
-        return [] if may_retry else [("x-should-retry", "false")]
+        may_retry = self.type != "billing_error" and (self.status >= 500 or self.status in _RETRYABLE)
+        headers = [] if may_retry else [("x-should-retry", "false")]
+        return headers if self.retry_after is None else [*headers, ("retry-after", str(self.retry_after))]
 
     def body(self, request_id: str) -> bytes:
         """The JSON body; `request_id` is also what the `request-id` header says."""

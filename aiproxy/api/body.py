@@ -16,6 +16,10 @@ from ..errors import ApiError
 
 _MEMBERS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _WHITE_SPACE = re.compile(r"[ \t\n\r]*")
+#: Members that may name further models.
+_NAME_MODELS = ("fallbacks", "tools")
+#: Members that decide where a request goes and whether it may: two of a name could be read in two ways.
+_ONCE = ("model", "stream", *_NAME_MODELS)
 #: Top-level members that a body may have; the API knows some thirty.
 _MOST_MEMBERS = 1000
 
@@ -59,6 +63,15 @@ class Body(msgspec.Struct, frozen=True):
             for piece in (b",", msgspec.json.encode(name), b":", value)
         ]
         return b"".join([b"{", *pieces[1:], b"}"])
+
+    def named_models(self) -> Iterator[str]:
+        """Every model that the body asks for: its own, and those of `fallbacks` and of tools."""
+        yield self.model
+        for name in _NAME_MODELS:
+            value = msgspec.json.decode(self.members.get(name, b"null"))
+            for each in value if isinstance(value, list) else [value]:
+                if isinstance(each, dict) and isinstance(model := each.get("model"), str):
+                    yield model
 
     def preview(self) -> str:
         """The last text of the user's, for the log; what tools answered since then is none."""
@@ -117,7 +130,7 @@ def _members_of_request(raw: bytes) -> dict[str, bytes]:
     twice: list[str] = []
 
     def take(_: type, name: str) -> _Name:
-        if name in names and name in ("model", "stream"):
+        if name in names and name in _ONCE:
             twice.append(name)
         names.add(name)
         if len(names) > _MOST_MEMBERS:

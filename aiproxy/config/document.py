@@ -111,6 +111,11 @@ class Value:
         return isinstance(self.node, yaml.MappingNode)
 
     @property
+    def is_list(self) -> bool:
+        """Whether the value has elements."""
+        return isinstance(self.node, yaml.SequenceNode)
+
+    @property
     def is_text(self) -> bool:
         """Whether YAML takes the value for a string, quoted or not."""
         return self.node.tag == _TAG + "str"

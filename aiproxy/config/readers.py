@@ -18,29 +18,29 @@ _LARGEST = 10**9
 _BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
-def _number(expected: str, fits: Callable[[float], bool]) -> Callable[[Value], float]:
+def number(expected: str, fits: Callable[[float], bool]) -> Callable[[Value], float]:
     """A reader of numbers, quoted ones too; it goes by their text, since YAML takes `1:30` for 90."""
 
     def read(value: Value) -> float:
         text = value.text()
-        number = float(text) if _NUMBER.fullmatch(text) else math.nan
-        if number > _LARGEST:
+        found = float(text) if _NUMBER.fullmatch(text) else math.nan
+        if found > _LARGEST:
             value.refuse(f"at most {_LARGEST}")
-        if not fits(number):
+        if not fits(found):
             value.refuse(expected)
-        return number
+        return found
 
     return read
 
 
 def whole(expected: str, least: int = -_LARGEST) -> Callable[[Value], int]:
     """A reader of whole numbers from `least` on."""
-    number = _number(expected, lambda number: number.is_integer() and number >= least)
-    return lambda value: int(number(value))
+    read = number(expected, lambda found: found.is_integer() and found >= least)
+    return lambda value: int(read(value))
 
 
-above_zero = _number("a number above 0", lambda number: number > 0)
-zero_or_more = _number("a number, 0 or more", lambda number: number >= 0)
+above_zero = number("a number above 0", lambda found: found > 0)
+zero_or_more = number("a number, 0 or more", lambda found: found >= 0)
 
 
 def boolean(value: Value) -> bool:

@@ -12,11 +12,13 @@ import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
+import msgspec
 import yaml
 
-from .document import LARGEST, Fault, File, Value, in_order, parse, shown, variables
+from .document import LARGEST, Fault, File, Value, in_order, parse, shown
+from .keys import PRINTABLE_ASCII, api_keys, budget_of, key_limits, name_of, price_of, token_of, with_defaults
 from .readers import (
     above_zero,
     boolean,
@@ -32,10 +34,11 @@ from .readers import (
 )
 from .settings import (
     BreakerSettings,
-    ClientKey,
     Config,
     ConfigError,
+    LedgerSettings,
     LoggingSettings,
+    Secret,
     StateUrl,
     Substituted,
     Timeouts,
@@ -73,7 +76,6 @@ _REDIS = re.compile(
 _DEMOS = ("demo://answers", "demo://failing")
 _OLD_DEMO = "demo://overloaded"  # what demo://failing was called
 
-_PRINTABLE_ASCII = re.compile(r"[!-~]+")
 #: RFC 9110 section 5.6.2, in lower case.
 _HEADER_NAME = re.compile(r"[!#$%&'*+\-.^_`|~0-9a-z]+")
 _HEADER_VALUE = re.compile(r"[ -~\xa0-\xff]*")
@@ -166,7 +168,7 @@ def _base_url(value: Value) -> str:
     return parts["scheme"].lower() + text[len(parts["scheme"]) :]
 
 
-def _proxy(value: Value) -> str:
+def _proxy(value: Value) -> Secret:
     """The URL of a forward proxy; it may hold a password, so no fault shows it."""
     text = value.text()
     if not text.lower().startswith("http://"):
@@ -177,7 +179,7 @@ def _proxy(value: Value) -> str:
             "is no URL of a forward proxy, expected http://HOST:PORT or http://USER:PASSWORD@HOST:PORT, with "
             "other signs than letters, digits and -._~ of user and password percent-encoded"
         )
-    return "http" + text[len("http") :].rstrip("/")
+    return Secret("http" + text[len("http") :].rstrip("/"))
 
 
 def _state(value: Value) -> StateUrl | None:
@@ -192,7 +194,7 @@ def _state(value: Value) -> StateUrl | None:
             "rediss://:PASSWORD@HOST:PORT or unix:///PATH, with other signs than letters, digits and -._~ of "
             "user and password percent-encoded"
         )
-    return StateUrl(text)
+    return StateUrl(Secret(text))
 
 
 def _ca_bundle(value: Value) -> str:
@@ -220,33 +222,6 @@ def _ca_bundle(value: Value) -> str:
 
 def _is_url_host(host: str) -> bool:
     return _is_ipv6(host[1:-1]) if host.startswith("[") else _is_host(host)
-
-
-def _name(value: Value) -> str:
-    """A name as it goes out in a header; what cannot stand in one is percent-encoded, not refused.
-
-    Names with spaces and in any script are common in files that were written for the Go program.
-    """
-    text = value.text()
-    if not text or re.search(r"[\x00-\x1f\x7f-\x9f\"'`]", text):
-        value.refuse("a name without quotes and control characters")
-    if not _PRINTABLE_ASCII.fullmatch(text):
-        value.warn("is not printable ASCII without spaces: headers and logs show it percent-encoded")
-    return quote(text, safe="!#$%&()*+,/:;<=>?@[\\]^{|}~")
-
-
-def _token(value: Value) -> str:
-    text = value.text()
-    if not text:
-        named = variables(value.variables)
-        raise Fault(
-            f"names {named}, empty in the environment, expected a key"
-            if named
-            else "is blank, expected a key"
-        )
-    if not _PRINTABLE_ASCII.fullmatch(text):
-        raise Fault("has a space or a character that is not printable ASCII, expected a key alone")
-    return text
 
 
 def _weight(value: Value) -> int:
@@ -278,11 +253,11 @@ def _header_name(value: Value) -> str:
     return name
 
 
-def _header_value(value: Value) -> str:
+def _header_value(value: Value) -> Secret:
     text = value.text()
     if not _HEADER_VALUE.fullmatch(text):
         raise Fault("has a character that no header can hold, expected one printable line in Latin-1")
-    return text
+    return Secret(text)
 
 
 def _log_file(value: Value) -> str:
@@ -309,17 +284,6 @@ def _env_file(value: Value) -> str:
     return name
 
 
-def _client_key(value: Value) -> ClientKey:
-    """A key alone, or `{name, key}`; one without a name is called after its place."""
-    if not value.is_mapping:
-        return ClientKey("", _token(value))
-    found = value.fields({"name": _name, "key": hidden(_token)})
-    for key in ("name", "key"):
-        if key not in found:
-            value.fault("is missing, expected a name and a key", key)
-    return ClientKey(found.get("name") or "", found.get("key") or "")
-
-
 def _workers(value: Value) -> int:
     """A number, or `auto` for one per core that this process may use, at most `_MOST_WORKERS`."""
     if value.text().lower() == "auto":
@@ -338,27 +302,42 @@ def _cores() -> int:
         return cores
 
 
-def _admin_key(value: Value) -> ClientKey:
-    return ClientKey("admin", _token(value))
+def _admin_key(value: Value) -> Secret:
+    return token_of(value)
 
 
-def _api_keys(value: Value) -> tuple[ClientKey, ...]:
-    items = value.items()
-    if not items:
-        raise Fault("is an empty list, expected at least one key; leave it out to serve without keys")
-    keys: list[ClientKey] = []
-    for number, item in enumerate(items, start=1):
-        item.hidden = not item.is_mapping
-        read = item.read(_client_key)
-        if read is None or not read.key:
-            continue
-        key = ClientKey(read.name or f"key-{number}", read.key)
-        if any(other.name == key.name for other in keys):
-            item.fault("is another key's name too, expected one of its own", "name")
-        if any(other.key == key.key for other in keys):
-            item.fault("is the same key as one before, expected each once")
-        keys.append(key)
-    return tuple(keys)
+def _ledger(value: Value) -> LedgerSettings | None:
+    """`sqlite` for the usual file, `none`, a path, or a PostgreSQL server's URL, which no fault shows."""
+    text = value.text()
+    if text.lower() == "none":
+        return None
+    if text.lower() == "sqlite":
+        return LedgerSettings(file=default_ledger(value.file.directory, value.file.environ))
+    if text.lower().startswith(("postgresql://", "postgres://")):
+        return LedgerSettings(url=Secret(text))
+    if "://" in text or not text or not text.isprintable():
+        raise Fault(
+            "is none of sqlite, none, the path of a file and postgresql://USER:PASSWORD@HOST/DATABASE"
+        )
+    path = value.file.directory / text
+    if path.is_dir() or not path.parent.is_dir():
+        raise Fault("is a directory, or in one that does not exist, expected the path of a file")
+    return LedgerSettings(file=str(path))
+
+
+def default_ledger(directory: Path, environ: Mapping[str, str]) -> str:
+    """The usual file: in systemd's state directory, which instances share, else beside the configuration."""
+    state = environ.get("STATE_DIRECTORY", "").partition(":")[0]
+    return str(Path(state or directory) / "ledger.db")
+
+
+def _webhook(value: Value) -> Secret:
+    """Its path is often a secret, so no fault shows it."""
+    text = value.text()
+    parts = urlsplit(text)
+    if parts.scheme not in ("http", "https") or not parts.hostname or not PRINTABLE_ASCII.fullmatch(text):
+        raise Fault("is not the URL of a webhook, expected https://HOST/PATH")
+    return Secret(text)
 
 
 def _upstream(value: Value) -> UpstreamSettings:
@@ -423,9 +402,9 @@ def _upstreams(value: Value) -> tuple[UpstreamSettings, ...]:
 # --- Which reader takes which key; the defaults are in the Structs ---
 
 _UPSTREAM: dict[str, Callable[[Value], Any]] = {
-    "name": or_default(_name),
+    "name": or_default(name_of),
     "base_url": _base_url,
-    "token": or_default(hidden(_token)),
+    "token": or_default(hidden(token_of)),
     "auth": one_of("x-api-key", "bearer"),
     "weight": _weight,
     "enabled": boolean,
@@ -435,6 +414,8 @@ _UPSTREAM: dict[str, Callable[[Value], Any]] = {
     "headers": hidden(mapping_of(_header_name, _header_value)),
     "proxy": hidden(_proxy),
     "ca_bundle": _ca_bundle,
+    "prices": mapping_of(_model_key, price_of),
+    "price_multiplier": above_zero,
 }
 
 _TIMEOUTS = {"connect": above_zero, "first_byte": above_zero, "answer": above_zero, "idle": above_zero}
@@ -455,7 +436,8 @@ _CONFIG: dict[str, Callable[[Value], Any]] = {
     "timeouts": section(Timeouts, _TIMEOUTS),
     "breaker": section(BreakerSettings, _BREAKER),
     "logging": section(LoggingSettings, _LOGGING),
-    "api_keys": _api_keys,
+    "api_keys": api_keys,
+    "key_defaults": key_limits,
     "allow_anonymous": boolean,
     "affinity": one_of("none", "prompt_cache", "prefix"),
     "max_in_flight": whole("a whole number, 1 or more", 1),
@@ -463,6 +445,12 @@ _CONFIG: dict[str, Callable[[Value], Any]] = {
     "state": hidden(_state),
     "env_file": _env_file,
     "admin_key": hidden(_admin_key),
+    "ledger": hidden(_ledger),
+    "ledger_days": whole("a whole number, 1 or more", 1),
+    "prices": mapping_of(_model_key, price_of),
+    "budget": budget_of,
+    "fail_closed": boolean,
+    "webhook": hidden(_webhook),
     "upstreams": _upstreams,
 }
 
@@ -496,8 +484,20 @@ def load(
         raise ConfigError(in_order(file.faults))
     if listen is not None:
         found["unix_socket" if is_local else "port"] = listen
-    substituted = Substituted(frozenset(file.substituted))
-    return Config(**found, warnings=in_order(file.warnings), substituted=substituted)
+    found["api_keys"] = with_defaults(found.get("api_keys", []), found.pop("key_defaults", {}))
+    found["ledger"] = _with_days(found, found.pop("ledger_days", None), file)
+    substituted = Substituted(frozenset(map(Secret, file.substituted)))
+    config = Config(**found, warnings=in_order(file.warnings), substituted=substituted)
+    if config.has_budgets and config.ledger is None:
+        raise ConfigError([f"{file.name}: ledger: is none, expected a ledger, since there are budgets"])
+    return config
+
+
+def _with_days(found: Mapping[str, Any], days: int | None, file: File) -> LedgerSettings | None:
+    """The ledger, which is the usual file where the configuration names none."""
+    usual = LedgerSettings(file=default_ledger(file.directory, file.environ))
+    ledger: LedgerSettings | None = found.get("ledger", usual)
+    return msgspec.structs.replace(ledger, days=days) if ledger is not None and days else ledger
 
 
 def _variables(path: Path, content: bytes | None) -> dict[str, str]:

@@ -1,7 +1,8 @@
-"""The settings, frozen, with their defaults; no repr shows a token or a header's value."""
+"""The settings, frozen, with their defaults. What is secret is a `Secret`, which masks itself."""
 
+import datetime
 import ipaddress
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -46,31 +47,80 @@ class LoggingSettings(msgspec.Struct, frozen=True):
         return self.format == "text" and self.file is None
 
 
-class ClientKey(msgspec.Struct, frozen=True):
-    """A key that clients may use; logs show its name, never the key."""
+class Secret(str):
+    """A text that no log, error or page may show; whoever sends it uses it as the string that it is."""
 
-    name: str
-    key: str
+    __slots__ = ()
 
     def __repr__(self) -> str:
-        return f"ClientKey(name={self.name!r}, key='...')"
+        return "'...'"
 
-    def __rich_repr__(self) -> list[tuple[str, Any]]:
-        """As `UpstreamSettings.__rich_repr__`."""
-        return [("name", self.name), ("key", "...")]
+
+class Budget(msgspec.Struct, frozen=True):
+    """What may be spent, in dollars, in a day, in a week from Monday on and in a month, all UTC."""
+
+    daily: float | None = None
+    weekly: float | None = None
+    monthly: float | None = None
+
+
+class KeyLimits(msgspec.Struct, frozen=True):
+    """How far a client key may go. `models` are client names, `*` at the end stands for any ending.
+
+    `max_wait`: seconds that a request beyond `max_in_flight` waits. `expires` is the last valid day, UTC.
+    """
+
+    budget: Budget = Budget()
+    models: tuple[str, ...] = ()  # none: every model
+    max_in_flight: int | None = None
+    max_wait: float = 0.0
+    expires: datetime.date | None = None
+
+    def allow(self, model: str) -> bool:
+        """Whether the key may name this model."""
+        return not self.models or any(
+            model.startswith(each[:-1]) if each.endswith("*") else model == each for each in self.models
+        )
+
+
+class ClientKey(msgspec.Struct, frozen=True):
+    """A name with the keys that go by it: several during a rotation; logs show the name only.
+
+    `digests` are SHA-256 in hexadecimal, of keys that the file does not hold.
+    """
+
+    name: str
+    keys: tuple[Secret, ...] = ()
+    digests: tuple[str, ...] = ()
+    limits: KeyLimits = KeyLimits()
+
+
+class Price(msgspec.Struct, frozen=True):
+    """Dollars per million tokens of each kind; `web_search` is per thousand searches."""
+
+    input: float
+    output: float
+    cache_read: float
+    cache_write_5m: float
+    cache_write_1h: float
+    web_search: float = 10.0
+
+
+class LedgerSettings(msgspec.Struct, frozen=True):
+    """Where the ledger is kept: an SQLite file (its absolute path) or a PostgreSQL server (its URL).
+
+    Exchanges are removed after `days`.
+    """
+
+    file: str = ""
+    url: Secret = Secret()
+    days: int = 400
 
 
 class StateUrl(msgspec.Struct, frozen=True):
     """Where processes share what they know: a Redis server's URL, with its password."""
 
-    url: str
-
-    def __repr__(self) -> str:
-        return "StateUrl('...')"
-
-    def __rich_repr__(self) -> list[tuple[str, Any]]:
-        """As `UpstreamSettings.__rich_repr__`."""
-        return [("url", "...")]
+    url: Secret
 
     @property
     def host(self) -> str:
@@ -87,14 +137,7 @@ class StateUrl(msgspec.Struct, frozen=True):
 class Substituted(msgspec.Struct, frozen=True):
     """What environment variables stood for in the file: what of it is secret only they know who set them."""
 
-    values: frozenset[str] = frozenset()
-
-    def __repr__(self) -> str:
-        return "Substituted(...)"
-
-    def __rich_repr__(self) -> list[tuple[str, Any]]:
-        """As `UpstreamSettings.__rich_repr__`."""
-        return [("values", "...")]
+    values: frozenset[Secret] = frozenset()
 
     def are_in(self, text: str) -> bool:
         """Whether the text shows one of them; a digit or a word such as `yes` is none worth hiding."""
@@ -107,39 +150,31 @@ class UpstreamSettings(msgspec.Struct, frozen=True):
     `base_url` has no trailing slash. `model_mappings` goes from the client's model names to the upstream's,
     `available_models` are client names (none listed: every model), header names are in lower case. `proxy`
     is the http:// URL of a forward proxy, with its password; `ca_bundle` the absolute path of a file.
+    `prices` are this upstream's own, by model; every cost is multiplied by `price_multiplier`.
     """
 
     name: str
     base_url: str
-    token: str = ""
+    token: Secret = Secret()
     auth: str = "x-api-key"
     weight: int = 1
     enabled: bool = True
     model_mappings: dict[str, str] = {}
     available_models: frozenset[str] = frozenset()
     must_stream: bool = False
-    headers: dict[str, str] = {}
-    proxy: str | None = None
+    headers: dict[str, Secret] = {}
+    proxy: Secret | None = None
     ca_bundle: str | None = None
-
-    def __repr__(self) -> str:
-        fields = ", ".join(f"{name}={value!r}" for name, value in self.__rich_repr__())
-        return f"UpstreamSettings({fields})"
-
-    def __rich_repr__(self) -> list[tuple[str, Any]]:
-        """All fields without their secrets; msgspec's own would hand them to whatever prints prettily."""
-        fields = {name: getattr(self, name) for name in self.__struct_fields__}
-        fields["token"] = "..." if self.token else ""
-        fields["headers"] = dict.fromkeys(self.headers, "...")
-        fields["proxy"] = "..." if self.proxy else None
-        return list(fields.items())
+    prices: dict[str, Price] = {}
+    price_multiplier: float = 1.0
 
 
 class Config(msgspec.Struct, frozen=True):
     """The whole configuration; `warnings` are lines for the log, about what is odd and yet served.
 
     Where there is a `unix_socket` (its absolute path), `bind` and `port` count for nothing. `state` is
-    where processes share what they know, None if each is by itself.
+    where processes share what they know, None if each is by itself. `budget` is that of all clients together.
+    `fail_closed`: while the ledger is out of reach nobody who has a budget is served.
     """
 
     bind: str = "127.0.0.1"
@@ -156,7 +191,12 @@ class Config(msgspec.Struct, frozen=True):
     workers: int = 1
     state: StateUrl | None = None
     env_file: str | None = None
-    admin_key: ClientKey | None = None
+    admin_key: Secret | None = None
+    ledger: LedgerSettings | None = None
+    prices: dict[str, Price] = {}
+    budget: Budget = Budget()
+    fail_closed: bool = False
+    webhook: Secret | None = None
     upstreams: tuple[UpstreamSettings, ...] = ()
     warnings: tuple[str, ...] = ()
     substituted: Substituted = Substituted()
@@ -172,6 +212,11 @@ class Config(msgspec.Struct, frozen=True):
         return bool(self.api_keys) or self.allow_anonymous
 
     @property
+    def has_budgets(self) -> bool:
+        """Whether anybody's spending is limited."""
+        return any(each != Budget() for each in (self.budget, *(key.limits.budget for key in self.api_keys)))
+
+    @property
     def address(self) -> str:
         """What gunicorn binds, such as `127.0.0.1:8080`, `[::1]:8080` or `unix:/run/aiproxy.sock`."""
         if self.unix_socket is not None:
@@ -182,6 +227,21 @@ class Config(msgspec.Struct, frozen=True):
     def max_body(self) -> int:
         """The largest request body that is taken, in bytes."""
         return int(self.max_body_mb * 1024 * 1024)
+
+
+def secrets_in(setting: Any) -> Iterator[Secret]:
+    """Every `Secret` of the settings, at any depth."""
+    if isinstance(setting, Secret):
+        yield setting
+    elif isinstance(setting, msgspec.Struct):
+        for name in setting.__struct_fields__:
+            yield from secrets_in(getattr(setting, name))
+    elif isinstance(setting, dict):
+        for value in setting.values():
+            yield from secrets_in(value)
+    elif isinstance(setting, tuple | frozenset):
+        for value in setting:
+            yield from secrets_in(value)
 
 
 class ConfigError(Exception):

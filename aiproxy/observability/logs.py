@@ -46,7 +46,7 @@ def redacted(redactor: Redactor, level: int, event: str, secrets: Iterable[str],
     texts = {
         name: value
         for name, value in fields.items()
-        if isinstance(value, str) and name not in ("prompt", "headers")
+        if value is not None and isinstance(value, str) and name not in ("prompt", "headers")
     }
     if redactor.may_hold_secret("\n".join(texts.values()), secrets):
         fields |= {name: redactor.text(value, FIELD, secrets) for name, value in texts.items()}
@@ -243,7 +243,7 @@ def _json_value(value: Any) -> Any:
 def _written(value: Value) -> str:
     if value is True or value is False:
         return "true" if value else "false"
-    if isinstance(value, float):
+    if type(value) is float:
         return f"{value:.3f}"
     text = str(value)
     if _BARE.fullmatch(text):

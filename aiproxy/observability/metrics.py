@@ -30,8 +30,9 @@ _KINDS = {
 _UNKNOWN, _OTHER = "unknown", "other"
 _CIRCUIT_STATES = ("closed", "half_open", "backoff", "open", "draining")
 _RELOADS = "aiproxy_reloads_total"
-#: Of several workers the largest figure is shown, not the sum: each worker applies the same reload.
-_LARGEST = ("aiproxy_build_info", _RELOADS)
+#: Of several workers the largest figure is shown, not the sum: each one applies the same reload, and knows
+#: the same budgets.
+_LARGEST = ("aiproxy_build_info", "aiproxy_budget_used_ratio", _RELOADS)
 _FIRST_BYTE = (0.1, 0.25, 0.5, 1, 1.5, 2, 3, 5, 7.5, 10, 15, 20, 30, 45, 60, 90, 120)
 _ANSWER = (0.5, 1, 2, 3, 5, 7.5, 10, 15, 20, 30, 45, 60, 90, 120, 180, 300, 450, 600)
 
@@ -72,10 +73,12 @@ class Metrics:
         self._models: frozenset[str] = frozenset()
         self._strangers: set[str] = set()
         self._states: dict[str, str] = {}
+        self._budget_labels: set[tuple[str, str]] = set()
         # What `labels` gives, found without its lock and its checks.
         self._request_counters: dict[tuple[str, str, str | None], Counter] = {}
         self._attempt_counters: dict[tuple[str, str], Counter] = {}
         self._client_counters: dict[tuple[str | None, str], dict[str, Counter]] = {}
+        self._cost_counters: dict[tuple[str | None, str], Counter] = {}
         self._first_bytes: dict[str, Histogram] = {}
         self._answers: dict[str, _Answers] = {}
         for result in ("applied", "refused"):
@@ -109,6 +112,15 @@ class Metrics:
         for kind, name in _KINDS.items():
             if tokens := getattr(report, name):
                 counters[kind].inc(tokens)
+
+    def cost(self, client: str | None, model: str, outcome: str, dollars: float) -> None:
+        """What an exchange cost; the labels are those of `client_tokens`."""
+        label = model if model in self._models else self._stranger(model, outcome)
+        counter = self._cost_counters.get((client, label))
+        if counter is None:
+            who = "anonymous" if client is None else _clean(client)
+            counter = self._cost_counters[client, label] = self._costs.labels(who, _clean(label))
+        counter.inc(dollars)
 
     def request(self, model: str, outcome: str, client: str | None) -> None:
         """One finished or refused request; `model` is empty where unknown, `client` None without a key."""
@@ -151,6 +163,16 @@ class Metrics:
             for upstream in states.keys() | self._states.keys():
                 self._circuit(upstream, self._states.get(upstream), states.get(upstream))
             self._states = dict(states)
+
+    def ledger(self, budgets: Mapping[tuple[str, str], float], dropped_rows: int) -> None:
+        """How much of each budget is spent, by client and period; others are shown no longer."""
+        with self._lock:
+            for client, period in self._budget_labels - budgets.keys():
+                self._budgets.remove(_clean(client), period)
+            self._budget_labels = set(budgets)
+        for (client, period), share in budgets.items():
+            self._budgets.labels(_clean(client), period).set(share)
+        self._dropped_rows.set(dropped_rows)
 
     def reloaded(self, result: str) -> None:
         """A changed configuration was found, and is in force ("applied") or is not ("refused")."""
@@ -235,6 +257,12 @@ class Metrics:
             ("client", "model", "kind"),
             registry=into,
         )
+        self._costs = Counter(
+            "aiproxy_cost_dollars_total",
+            "What exchanges cost, by name of the client's key and model that it asked for.",
+            ("client", "model"),
+            registry=into,
+        )
         self._define_gauges(into)
 
     def _define_gauges(self, into: CollectorRegistry) -> None:
@@ -253,6 +281,17 @@ class Metrics:
             "aiproxy_circuit_state",
             "Worker processes in which the upstream's circuit is in the state: 1 or 0 with one worker.",
             ("upstream", "state"),
+            registry=into,
+        )
+        self._budgets = Gauge(
+            "aiproxy_budget_used_ratio",
+            "The part of a budget that is spent, by name of the client's key; of all keys together: all.",
+            ("client", "period"),
+            registry=into,
+        )
+        self._dropped_rows = Gauge(
+            "aiproxy_ledger_dropped_rows",
+            "Rows of the ledger that were dropped, since it could not be written for a long time.",
             registry=into,
         )
         # A gauge, because only a gauge can begin where the other workers are.

@@ -87,6 +87,7 @@ class Attempt:
         self.upstream_request_id: str | None = None
         self.first_byte: float | None = None  # seconds from the attempt's start to the answer's head
         self.reconnected = False
+        self.was_sent = False  # the upstream may have got the request
         self.model = candidate.upstream.model_for(request.body.model)
         self._tools = tools
         self._request = request
@@ -106,6 +107,7 @@ class Attempt:
             outcome = self._run()
             streaming = isinstance(outcome, Answer) and isinstance(outcome.body, Stream)
         except (TransportError, Interrupted) as failed:
+            self.was_sent |= isinstance(failed, TransportError) and failed.is_connected
             outcome = Failure.of(failed.fault, failed.detail)
         except sse.EventTooLarge:
             outcome = Failure.of(Fault.BROKEN, "an event is over the size limit")
@@ -116,6 +118,7 @@ class Attempt:
 
     def _run(self) -> Answer | Failure:
         response = self._response = self._send()
+        self.was_sent = True
         self.first_byte = time.monotonic() - self._began
         self.status = response.status
         self.upstream_request_id = value_of(response.headers, "request-id")

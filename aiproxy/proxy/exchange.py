@@ -14,6 +14,7 @@ import msgspec
 from ..api import MESSAGES
 from ..api.headers import Pairs, value_of
 from ..errors import ApiError
+from ..ledger.budgets import UNIFIED
 from ..policy import (
     MOST_TIMEOUTS,
     Cost,
@@ -27,6 +28,7 @@ from ..upstreams.balancer import Candidate
 from ..upstreams.message_threads import Owners, uses_thread
 from ..upstreams.upstream import Upstream
 from .attempt import Answer, Attempt, Failure, problem_of
+from .billing import Billing
 from .journal import Done, Journal
 from .outcome import Outcome
 from .request import Request
@@ -166,9 +168,23 @@ class Exchange:
                 self._candidate.ignore()
             return
         stream = self._stream
-        detail = stream.detail if stream is not None else None
-        done = Done(self._attempts, self._status, self._outcome, sent, detail, stream is not None)
+        done = Done(
+            attempts=self._attempts,
+            status=self._status,
+            outcome=self._outcome,
+            bytes=sent,
+            detail=stream.detail if stream is not None else None,
+            is_stream=stream is not None,
+            billing=self._billing(sent),
+        )
         self._journal.done(self.request, self._attempt, done)
+
+    def _billing(self, sent: int) -> Billing:
+        billing = Billing(self._journal.prices, self.request)
+        billing.add_failed((each.attempt, each.failure.problem.fault) for each in self._failed)
+        if self._attempt is not None and self._outcome is not Outcome.ERROR:
+            billing.add_answer(self._attempt, self._stream, sent)
+        return billing
 
     def _events(self, attempt: Attempt, stream: Stream) -> Iterator[bytes]:
         """The stream's blocks: the owner of a thread is noted before the client sees the message's end."""
@@ -263,4 +279,7 @@ class Exchange:
             added.append(("x-aiproxy-upstream", attempt.upstream.name))
         if value_of(headers, "request-id") is None:
             added.append(("request-id", self.request.id))
-        return [*self._journal.redactor.pairs(headers), *added]
+        budget = self.request.budget_headers
+        if budget:
+            headers = [pair for pair in headers if not pair[0].startswith(UNIFIED)]
+        return [*self._journal.redactor.pairs(headers), *budget, *added]

@@ -9,14 +9,19 @@ import time
 import msgspec
 
 from ..api import MESSAGES
-from ..api.usage import Usage
+from ..api.headers import value_of
+from ..api.usage import Tokens, Usage
 from ..errors import ApiError
+from ..ledger.ledger import Ledger
+from ..ledger.prices import NANO, Prices
+from ..ledger.rows import ANONYMOUS, Exchange, storable
 from ..observability import logs
 from ..observability.history import History
 from ..observability.metrics import Metrics
 from ..observability.redaction import FIELD, Redactor
 from ..policy import Cost, Fault
 from .attempt import Attempt, Failure
+from .billing import Billing
 from .outcome import Outcome
 from .request import Request
 
@@ -38,6 +43,7 @@ class Done(msgspec.Struct, frozen=True):
     bytes: int  # of the body, that went out
     detail: str | None  # of a break
     is_stream: bool
+    billing: Billing
 
 
 #: Bytes of an upstream's error that the log is cut out of.
@@ -47,10 +53,14 @@ _ERROR_READ = 65536
 class Journal:
     """Thread-safe. Metrics and history are about messages alone: the counting of tokens would blur them."""
 
-    def __init__(self, redactor: Redactor, metrics: Metrics, history: History) -> None:
+    def __init__(
+        self, redactor: Redactor, metrics: Metrics, history: History, prices: Prices, ledger: Ledger | None
+    ) -> None:
         self.redactor = redactor
+        self.prices = prices
         self._metrics = metrics
         self._history = history
+        self._ledger = ledger
 
     def attempt(
         self, request: Request, attempt: Attempt, number: int, failure: Failure | None, cost: Cost
@@ -115,6 +125,7 @@ class Journal:
         )
         if request.path == MESSAGES:
             self._count(request, attempt, seconds, done)
+            self._bill(request, attempt, seconds, done)
 
     def refused(self, request_id: str, path: str, secrets: tuple[str, ...], error: ApiError) -> None:
         """A request was refused before an upstream was asked."""
@@ -141,6 +152,41 @@ class Journal:
         self._history.used(attempt.upstream.name, attempt.usage)
         if done.outcome in _BROKEN:
             self._remember(request, attempt, f"{_BROKEN[done.outcome]} {done.detail or ''}")
+
+    def _bill(self, request: Request, attempt: Attempt | None, seconds: float, done: Done) -> None:
+        """A row of the ledger for an exchange that used tokens; the upstream is the one that answered."""
+        bill = done.billing.bill
+        if bill is None or not (bill.pico or bill.tokens != Tokens()):
+            return
+        self._metrics.cost(request.client, request.body.model, done.outcome.value, bill.nano / NANO)
+        if self._ledger is None:
+            return
+        last = attempt or done.billing.last
+        self._ledger.add(
+            Exchange(
+                id=request.id,
+                at=time.time(),
+                client=ANONYMOUS if request.client is None else request.client,
+                model=storable(request.body.model),
+                upstream=last.upstream.name if last is not None else "",
+                upstream_model=storable(last.model) if last is not None else "",
+                request_class=storable(value_of(request.headers, "x-claude-code-request-class") or ""),
+                input=bill.tokens.input,
+                output=bill.tokens.output,
+                cache_read=bill.tokens.cache_read,
+                cache_write_5m=bill.tokens.cache_write_5m,
+                cache_write_1h=bill.tokens.cache_write_1h,
+                web_searches=bill.web_searches,
+                web_fetches=bill.web_fetches,
+                cost=bill.nano,
+                outcome=done.outcome.value,
+                seconds=round(seconds, 3),
+                attempts=done.attempts,
+                is_estimated=int(done.billing.is_estimated),
+                is_unpriced=int(not bill.is_priced),
+                upstream_request_id=storable((last and last.upstream_request_id) or ""),
+            )
+        )
 
     def _remember(self, request: Request, attempt: Attempt, reason: str) -> None:
         model, reason = (

@@ -5,7 +5,7 @@ import re
 import msgspec
 
 from ..api.body import Body
-from ..api.headers import value_of
+from ..api.headers import Pairs, value_of
 from ..transport.wait import Wait
 from ..upstreams.message_threads import continued_message
 
@@ -26,6 +26,7 @@ class Request(msgspec.Struct, frozen=True):
     secrets: tuple[str, ...]  # the client's credentials, so that no log shows them
     began: float  # monotonic seconds
     wait: Wait  # ends what the request waits for when the client leaves
+    budget_headers: Pairs = []  # how the client's budget stands; in the place of an upstream's own
 
     @property
     def is_bound(self) -> bool:

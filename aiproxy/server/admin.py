@@ -12,7 +12,6 @@ from urllib.parse import parse_qs
 import flask
 
 from ..api.headers import Pairs
-from ..config import ClientKey
 from ..errors import ApiError
 from ..observability import logs
 from .routes import current_request, own_response, turn_away
@@ -85,11 +84,11 @@ def create_console(service: Service) -> flask.Blueprint:
 
 def _challenge() -> flask.Response | None:
     """What a request without the admin key gets; None with it. Without such a setting there is no page."""
-    key: ClientKey | None = current_request().runtime.config.admin_key
+    key = current_request().runtime.config.admin_key
     if key is None:
         raise ApiError(404, "not_found_error", "aiproxy has no admin_key, and so no status page.")
     password = _password(flask.request.headers.get("authorization", ""))
-    if hmac.compare_digest(password, key.key.encode()):
+    if hmac.compare_digest(password, key.encode()):
         return None
     error = ApiError(401, "authentication_error", "The password is aiproxy's admin_key, the user any name.")
     headers: Pairs = [("www-authenticate", 'Basic realm="aiproxy", charset="UTF-8"'), *_FRESH]

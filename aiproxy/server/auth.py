@@ -1,35 +1,33 @@
-"""The clients' keys, compared in constant time."""
+"""The clients' keys."""
 
 import hashlib
-import hmac
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+
+from ..config import ClientKey, all_digests
 
 
 class ClientKeys:
-    """The configured client keys; none configured lets everyone in. Keeps digests only, never a key."""
+    """The configured client keys; none configured lets everyone in."""
 
-    def __init__(self, keys: Mapping[str, str]) -> None:
-        """`keys`: name to key."""
-        self._digests = {name: _digest(key) for name, key in keys.items()}
+    def __init__(self, keys: Iterable[ClientKey]) -> None:
+        self._owners = {bytes.fromhex(digest): key for key in keys for digest in all_digests(key)}
 
     @property
     def are_required(self) -> bool:
         """Whether a request must bring a key."""
-        return bool(self._digests)
+        return bool(self._owners)
 
-    def owner(self, headers: Iterable[tuple[str, str]]) -> str | None:
-        """The name of the key that a request brings, None if it brings no good one.
+    def owner(self, headers: Iterable[tuple[str, str]]) -> ClientKey | None:
+        """The key that a request brings, None if it brings no good one.
 
         Clients send a key as `x-api-key` or as `Authorization: Bearer`, or two at once, of which one may
-        be meant for somebody else: any good one will do. Every key is compared with every other, so that
-        the time reveals nothing.
+        be meant for somebody else: any good one will do. What is looked up is a SHA-256, so that the time
+        of a comparison reveals nothing of a key.
         """
         found = None
         for credential in credentials(headers):
-            presented = _digest(credential)
-            for name, digest in self._digests.items():
-                if hmac.compare_digest(presented, digest):
-                    found = name
+            digest = hashlib.sha256(credential.encode(errors="surrogateescape")).digest()
+            found = self._owners.get(digest, found)
         return found
 
 
@@ -54,7 +52,3 @@ def credentials(headers: Iterable[tuple[str, str]]) -> tuple[str, ...]:
             scheme, _, credential = value.strip().partition(" ")
             found.append(credential.strip() if scheme.lower() == "bearer" else value.strip())
     return tuple(credential for credential in found if credential)
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode(errors="surrogateescape")).digest()

@@ -21,6 +21,7 @@ from typing import Any
 from gunicorn.glogging import Logger
 
 from ..config import Config, ConfigError, check_addresses, path_from
+from ..ledger.store import LedgerError, Store
 from ..observability import logs
 from ..upstreams.shared_state import INSTANCE, STATE_DIRECTORY
 from .client import TlsClientSocket
@@ -60,11 +61,34 @@ class Hooks:
         for path in (self._directory, *self._directory.glob("accepted-*")):
             if server.cfg.uid != os.geteuid():
                 os.chown(path, server.cfg.uid, server.cfg.gid)
+        self._prepare_ledger(server.cfg)
         # The environment may be that of the gunicorn that this one takes the place of.
         os.environ[INSTANCE] = secrets.token_hex(4)
         os.environ.pop(STATE_DIRECTORY, None)
         if server.cfg.workers > 1 and self.config.state is None:
             os.environ[STATE_DIRECTORY] = self._state_directory(server.cfg)
+
+    def _prepare_ledger(self, cfg: Any) -> None:
+        """Make the ledger's file, for the workers' user. Without it nobody could be held to a budget.
+
+        A server may be away for a moment; the workers go on trying.
+        """
+        ledger = self.config.ledger
+        if ledger is None or not ledger.file:
+            return
+        store = Store(ledger)
+        try:
+            store.has_changed()
+        except LedgerError as error:
+            reason = f"ledger: {ledger.file} cannot be written ({error})"
+            if self.config.has_budgets:
+                sys.exit(f"{reason}, and there are budgets: name another file in `ledger:`, or mend this one")
+            self._say(f"{reason}: what is spent is not recorded", logging.WARNING)
+        finally:
+            store.close()
+        if cfg.uid != os.geteuid():
+            for path in Path(ledger.file).parent.glob(f"{Path(ledger.file).name}*"):
+                os.chown(path, cfg.uid, cfg.gid)
 
     def _state_directory(self, cfg: Any) -> str:
         """A directory of the workers' user for the local store, in the instance's runtime directory."""

@@ -2,8 +2,9 @@
 
 import json
 from collections.abc import Iterable, Mapping
+from typing import Self
 
-from ..config import UpstreamSettings
+from ..config import ClientKey, UpstreamSettings
 from ..errors import ApiError
 
 #: The API's page size when none is asked for, and the largest.
@@ -15,10 +16,22 @@ _UNKNOWN_DATE = "1970-01-01T00:00:00Z"
 class Models:
     """The models that clients may name, in the order of the configuration."""
 
-    def __init__(self, upstreams: Iterable[UpstreamSettings]) -> None:
-        """`upstreams`: the enabled ones."""
-        names = [name for each in upstreams for name in sorted(each.available_models) or each.model_mappings]
+    def __init__(self, names: Iterable[str]) -> None:
         self.names = list(dict.fromkeys(names))
+
+    @classmethod
+    def of(cls, upstreams: Iterable[UpstreamSettings]) -> Self:
+        """Those that the enabled upstreams name."""
+        return cls(
+            name for each in upstreams for name in sorted(each.available_models) or each.model_mappings
+        )
+
+    def for_key(self, key: ClientKey | None) -> "Models":
+        """Those that a key may use; where no upstream names any, those that the key's own settings name."""
+        if key is None or not key.limits.models:
+            return self
+        named = [name for name in key.limits.models if not name.endswith("*")]
+        return Models(filter(key.limits.allow, self.names) if self.are_listed else named)
 
     @property
     def are_listed(self) -> bool:

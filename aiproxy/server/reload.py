@@ -14,7 +14,7 @@ from typing import Any, Protocol, Self
 
 import msgspec
 
-from ..config import ClientKey, Config, ConfigError, Sources, StateUrl, UpstreamSettings, load, read_sources
+from ..config import Config, ConfigError, Sources, StateUrl, load, read_sources, secrets_in
 from ..observability import logs
 
 #: Seconds between two looks. A change is taken up at the second look that finds it: at the first an
@@ -26,7 +26,7 @@ _LOOKS_REFUSED = 2
 LAST_GOOD = "AIPROXY_LAST_GOOD"
 
 #: Settings that gunicorn reads once, at its start.
-_NEED_RESTART = ("bind", "listen", "workers", "state")
+_NEED_RESTART = ("bind", "listen", "workers", "state", "ledger")
 #: Shown otherwise: warnings by themselves, the others as `listen`.
 _LEFT_OUT = ("warnings", "port", "unix_socket", "substituted")
 _LONGEST_SHOWN = 60
@@ -168,7 +168,10 @@ class Follower:
 def changes(old: Config, new: Config) -> list[str]:
     """What is different, a line for each setting, in the order of the settings; secrets only as changed."""
     trees = [{"listen": each.unix_socket or each.port, **_shown(each)} for each in (old, new)]
-    found = [(path, _difference(was, now), path in _NEED_RESTART) for path, was, now in _changes("", *trees)]
+    found = [
+        (path, _difference(was, now), path.partition(".")[0] in _NEED_RESTART)
+        for path, was, now in _changes("", *trees)
+    ]
     return [
         f"{path}: {'changed' if _is_secret(difference, old, new) else difference}"
         f"{' (needs a restart)' if needs_restart else ''}"
@@ -202,7 +205,7 @@ def _difference(old: Any, new: Any) -> str:
 def _as_text(value: Any) -> str:
     if value is None:
         return "not set"
-    return ", ".join(sorted(value)) or "none" if isinstance(value, frozenset) else str(value)
+    return ", ".join(sorted(value)) or "none" if isinstance(value, frozenset | tuple) else str(value)
 
 
 class _Secret(msgspec.Struct, frozen=True):
@@ -213,16 +216,16 @@ class _Secret(msgspec.Struct, frozen=True):
 
 def _shown(setting: Any) -> Any:
     """Settings as a tree of dicts, those in a list by their names, secrets behind a mask."""
-    if isinstance(setting, ClientKey | StateUrl):
-        return _Secret(setting)
-    if isinstance(setting, tuple):
+    if isinstance(setting, tuple) and any(isinstance(each, msgspec.Struct) for each in setting):
         return {each.name: _shown(each) for each in setting}
-    if not isinstance(setting, msgspec.Struct):
-        return setting
-    masked = dict(setting.__rich_repr__()) if isinstance(setting, UpstreamSettings) else {}
-    return {
-        name: _shown(value) if masked.get(name, value) == value else _Secret(value)
-        for name in setting.__struct_fields__
-        if name not in _LEFT_OUT
-        for value in [getattr(setting, name)]
-    }
+    if isinstance(setting, msgspec.Struct) and not isinstance(setting, StateUrl):
+        return {
+            name: _shown(getattr(setting, name))
+            for name in setting.__struct_fields__
+            if name not in _LEFT_OUT
+        }
+    if any(secrets_in(setting)):
+        return _Secret(setting)
+    if isinstance(setting, dict):
+        return {name: _shown(value) for name, value in setting.items()}
+    return setting

@@ -17,12 +17,14 @@ from werkzeug.exceptions import HTTPException
 
 from ..api import MESSAGES, body, encoding
 from ..api.headers import Pairs, value_of
+from ..config import ClientKey
 from ..errors import ApiError, new_request_id, status_line
+from ..ledger.rows import ANONYMOUS, day_of
 from ..observability import logs
 from ..observability.redaction import Redactor
 from ..proxy.exchange import Exchange, Reply
 from ..proxy.request import Request
-from ..transport.wait import Wait
+from ..transport.wait import Interrupted, Wait
 from .auth import secrets_in
 from .limits import Place
 from .request_body import RequestBody
@@ -79,24 +81,32 @@ def create_blueprint(service: Service) -> flask.Blueprint:
         return _forwarded(incoming, incoming.runtime.failover.count_tokens)
 
     @route("/v1/models", "GET")
-    def models() -> flask.Response:
+    def model_list() -> flask.Response:
         incoming = current_request()
-        runtime = incoming.runtime
-        if not runtime.models.are_listed:
-            return _forwarded(incoming, runtime.failover.pass_on)
-        _check_key(incoming)
-        return own_response(200, runtime.models.page(flask.request.args))
+        models = incoming.runtime.models.for_key(_check_key(incoming))
+        if not models.are_listed:
+            return _forwarded(incoming, incoming.runtime.failover.pass_on)
+        return own_response(200, models.page(flask.request.args))
 
     @route("/v1/models/<path:name>", "GET")
     def model(name: str) -> flask.Response:
         incoming = current_request()
-        runtime = incoming.runtime
-        if not runtime.models.are_listed:
+        models = incoming.runtime.models.for_key(_check_key(incoming))
+        if not models.are_listed:
             if {".", ".."} & set(name.split("/")):  # no way to other endpoints of the account
                 raise ApiError(404, "not_found_error", f"model: {name}")
-            return _forwarded(incoming, runtime.failover.pass_on, f"/v1/models/{quote(name, safe='')}")
-        _check_key(incoming)
-        return own_response(200, runtime.models.one(name))
+            forward = incoming.runtime.failover.pass_on
+            return _forwarded(incoming, forward, f"/v1/models/{quote(name, safe='')}")
+        return own_response(200, models.one(name))
+
+    @route("/v1/usage", "GET")
+    def usage() -> flask.Response:
+        incoming = current_request()
+        key = _check_key(incoming)
+        if incoming.runtime.budgets is None:
+            raise ApiError(404, "not_found_error", "aiproxy keeps no ledger.")
+        client = ANONYMOUS if key is None else key.name
+        return own_response(200, incoming.runtime.budgets.report(client))
 
     for path in _PROBES:
         blueprint.add_url_rule(path, "probe", _probe, methods=["GET"], provide_automatic_options=False)
@@ -149,12 +159,19 @@ def _forwarded(incoming: Incoming, forward: Forward, path: str | None = None) ->
         return turn_away(busy, [("retry-after", "1")])
     exchange: Exchange | None = None
     try:
-        client = _check_key(incoming)
-        request = _request(incoming, client, began)
+        key = _check_key(incoming)
+        if incoming.path == MESSAGES and runtime.budgets is not None:
+            runtime.budgets.check(_name(key))
+        request = _request(incoming, key, began)
         if path is not None:
             request = msgspec.structs.replace(request, path=path)
         exchange = Exchange(request, runtime.journal, runtime.owners)
-        return _answer(forward(exchange), exchange, place, incoming)
+        try:
+            _check_limits(request, key, place, runtime)
+            reply = forward(exchange)
+        except Interrupted:  # while it waited for a place of its key
+            reply = exchange.best_failure()
+        return _answer(reply, exchange, place, incoming)
     except ApiError as error:
         try:
             return _refusal(error)  # in its place in flight: what reads a body away takes a thread
@@ -182,18 +199,38 @@ def _answer(reply: Reply, exchange: Exchange, place: Place, incoming: Incoming) 
     return response(reply.status, reply.headers, body, reply.length)
 
 
-def _check_key(incoming: Incoming) -> str | None:
-    """The name of the client's key, None where none is required. Raises `ApiError` 401."""
+def _check_key(incoming: Incoming) -> ClientKey | None:
+    """The client's key, None where none is required. Raises `ApiError` 401."""
     keys = incoming.runtime.keys
     if not keys.are_required:
         return None
-    owner = keys.owner(_client_headers(incoming.environ))
-    if owner is None:
+    key = keys.owner(_client_headers(incoming.environ))
+    if key is None:
         raise ApiError(401, "authentication_error", "The key is not one of aiproxy's.")
-    return owner
+    expires = key.limits.expires
+    if expires is not None and day_of(time.time()) > expires.isoformat():
+        raise ApiError(401, "authentication_error", f"The key {key.name} was valid until {expires}.")
+    return key
 
 
-def _request(incoming: Incoming, client: str | None, began: float) -> Request:
+def _name(key: ClientKey | None) -> str | None:
+    return None if key is None else key.name
+
+
+def _check_limits(request: Request, key: ClientKey | None, place: Place, runtime: Runtime) -> None:
+    """Whether the key may have what the request asks for, and now. Raises `ApiError`, `Interrupted`."""
+    if key is None:
+        return
+    if key.limits.models and request.body.model:
+        for model in request.body.named_models():
+            if not key.limits.allow(model):
+                message = f"The key {key.name} may not use the model {model[:100]}."
+                raise ApiError(403, "permission_error", message)
+    if request.path == MESSAGES:
+        runtime.key_places.acquire(key, place, request.wait)
+
+
+def _request(incoming: Incoming, key: ClientKey | None, began: float) -> Request:
     """Read the request and log it."""
     runtime, environ = incoming.runtime, incoming.environ
     headers = tuple(_client_headers(environ))
@@ -212,10 +249,11 @@ def _request(incoming: Incoming, client: str | None, began: float) -> Request:
         query=environ.get("QUERY_STRING", ""),
         headers=headers,
         body=read,
-        client=client,
+        client=_name(key),
         secrets=secrets_in(headers),
         began=began,
         wait=_wait(incoming),
+        budget_headers=runtime.budgets.headers(_name(key)) if runtime.budgets is not None else [],
     )
     _log_request(request, runtime.journal.redactor, runtime.config.logging.prompt_preview)
     return request

@@ -18,7 +18,10 @@ from urllib.parse import unquote, urlsplit
 import msgspec
 
 from .. import __version__
-from ..config import Config, UpstreamSettings, check_addresses
+from ..config import Config, UpstreamSettings, check_addresses, secrets_in
+from ..ledger.budgets import Budgets
+from ..ledger.ledger import Ledger
+from ..ledger.prices import Prices
 from ..observability import logs
 from ..observability.history import History
 from ..observability.metrics import Figures, Metrics, exposition_of, merged
@@ -36,13 +39,15 @@ from ..upstreams.shared_state import State
 from ..upstreams.upstream import Upstream
 from .auth import ClientKeys
 from .client import Serving
-from .limits import SPARE, InFlight
+from .limits import SPARE, InFlight, KeyPlaces
 from .models import Models
 from .reload import Follower, LastGood, Start, changes
 from .status import Snapshot, Status, put_together, rows
 
 #: gunicorn.conf.py's; `serve` sets another value of the command line or of another server.
 DEFAULT_THREADS = 256
+#: Characters of a configured header's value that may be a key: a team's name is too short for one.
+_SHORTEST_HEADER = 16
 
 
 class Runtime(msgspec.Struct, frozen=True):
@@ -55,6 +60,8 @@ class Runtime(msgspec.Struct, frozen=True):
     models: Models
     keys: ClientKeys
     journal: Journal
+    budgets: Budgets | None  # None without a ledger
+    key_places: KeyPlaces
     in_flight: InFlight
     discards: InFlight  # how many refused bodies are read away at a time, beside the requests in flight
     shutdown: Shutdown
@@ -78,9 +85,11 @@ class Service:
         self._transport = Transport(config.timeouts.connect)
         self._state = state
         self._owners = Owners(clock, state)
+        self.ledger = Ledger(config.ledger, time.time) if config.ledger is not None else None
         self._in_flight = InFlight(config.max_in_flight)
         self._in_flight.set_threads(DEFAULT_THREADS)
         self._discards = InFlight(SPARE // 2)
+        self._key_places = KeyPlaces(state, self._in_flight)
         self._addresses: list[Any] = []
         self._server = _server_name([])
         self._follower: Follower | None = None
@@ -104,6 +113,8 @@ class Service:
             snapshot for id_, snapshot in written.running + written.ended if id_ == self._state.instance
         ]
         self.metrics.start_from(each.metrics for each in _snapshots(siblings))
+        if self.ledger is not None:
+            self.ledger.start(is_awaited=self.runtime.config.has_budgets)
         if self._follower is not None:
             self._follower.start()
 
@@ -146,6 +157,10 @@ class Service:
     def update_gauges(self) -> None:
         """Tell the metrics how the circuits are now: time alone changes them."""
         self.metrics.circuits({each.name: each.state for each in self.runtime.balancer.upstreams})
+        budgets = self.runtime.budgets
+        if budgets is not None and self.ledger is not None:
+            shares = {(each.client or "all", each.period.name): each.share for each in budgets.every()}
+            self.metrics.ledger(shares, self.ledger.dropped)
 
     def unready(self) -> str | None:
         """Why a new request had better go elsewhere; None where some upstream is usable."""
@@ -240,14 +255,16 @@ class Service:
         self._shutdown.begin(graceful_timeout)
 
     def after_run(self) -> None:
-        """Nothing is served any more: other processes are to know."""
+        """Nothing is served any more: other processes are to know, and the ledger is to be complete."""
+        if self.ledger is not None:
+            self.ledger.stop()
         self._state.stop()
 
     def close(self) -> None:
         """Give back the threads, their descriptors and the kept connections."""
         if self._follower is not None:
             self._follower.stop()
-        self._state.stop()
+        self.after_run()
         self._transport.close()
         self._shutdown.close()
 
@@ -274,9 +291,10 @@ class Service:
         upstreams = [self._upstream(config, staying.get(settings.name), settings) for settings in enabled]
         self._state.share(upstreams)
         balancer = Balancer(upstreams, cursor)
-        journal = Journal(_redactor(config), self.metrics, self.history)
+        prices = Prices(config.prices, enabled)
+        journal = Journal(_redactor(config), self.metrics, self.history, prices, self.ledger)
         self.history.keep(settings.name for settings in enabled)
-        models = Models(enabled)
+        models = Models.of(enabled)
         self.metrics.know_models(models.names)
         tools = Tools(self._transport, config.timeouts, journal.redactor)
         return Runtime(
@@ -285,8 +303,10 @@ class Service:
             failover=Failover(balancer, tools, self._owners, config.affinity, self._clock),
             owners=self._owners,
             models=models,
-            keys=ClientKeys({each.name: each.key for each in config.api_keys}),
+            keys=ClientKeys(config.api_keys),
             journal=journal,
+            budgets=Budgets(config, self.ledger, time.time) if self.ledger is not None else None,
+            key_places=self._key_places,
             in_flight=self._in_flight,
             discards=self._discards,
             shutdown=self._shutdown,
@@ -304,28 +324,26 @@ class Service:
 
 
 def _redactor(config: Config) -> Redactor:
-    keys = [*config.api_keys, *([config.admin_key] if config.admin_key else [])]
-    state = [config.state.password] if config.state is not None and config.state.password else []
-    tokens = [each.token for each in config.upstreams]
+    headers = [value for upstream in config.upstreams for value in upstream.headers.values()]
+    urls = [*(upstream.proxy for upstream in config.upstreams), config.webhook]
+    urls += [*secrets_in(config.state), *secrets_in(config.ledger)]
     return Redactor(
-        tokens=tokens + _header_secrets(config) + _proxy_secrets(config) + state,
-        keys=[each.key for each in keys],
+        tokens=[
+            *(upstream.token for upstream in config.upstreams),
+            *(value for value in headers if len(value) >= _SHORTEST_HEADER),
+            *(part for url in urls if url for part in _secret_parts(url)),
+        ],
+        keys=[*secrets_in(config.api_keys), *secrets_in(config.admin_key)],
         headers=[name for upstream in config.upstreams for name in upstream.headers],
     )
 
 
-def _header_secrets(config: Config) -> list[str]:
-    """Configured header values that may be keys: a team's name is too short for one."""
-    values = [value for upstream in config.upstreams for value in upstream.headers.values()]
-    return [value for value in values if len(value) >= 16]
-
-
-def _proxy_secrets(config: Config) -> list[str]:
-    """The forward proxies' passwords, as they are written and as they are sent."""
-    proxies = [urlsplit(upstream.proxy) for upstream in config.upstreams if upstream.proxy]
-    passwords = [proxy.password for proxy in proxies if proxy.password]
-    sent = [credentials(proxy.geturl()) for proxy in proxies if proxy.password]
-    return [*passwords, *map(unquote, passwords), *filter(None, sent)]
+def _secret_parts(url: str) -> list[str]:
+    """The password of a URL, as it is written and as it is sent; a webhook's path is as good as one."""
+    parts = urlsplit(url)
+    if not parts.password:
+        return [parts.path] if parts.scheme.startswith("http") else []
+    return [parts.password, unquote(parts.password), credentials(url) or ""]
 
 
 def _snapshots(written: Iterable[msgspec.Raw]) -> list[Snapshot]:

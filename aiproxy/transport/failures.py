@@ -26,13 +26,15 @@ _MISMATCHES = frozenset({62, 64})
 class TransportError(Exception):
     """A request brought no answer, or none to its end."""
 
-    def __init__(self, fault: Fault, detail: str, is_stale: bool = False) -> None:
+    def __init__(self, fault: Fault, detail: str, is_stale: bool = False, is_connected: bool = True) -> None:
         """`detail` names no address."""
         super().__init__(detail)
         self.fault = fault
         self.detail = detail
         #: A kept connection broke before any byte of an answer: the upstream had closed it.
         self.is_stale = is_stale
+        #: The upstream may have got the request.
+        self.is_connected = is_connected
 
 
 def has_closed_pool(error: Exception) -> bool:

@@ -188,7 +188,7 @@ class Transport:
 def failure(sending: Sending, error: Exception) -> TransportError:
     """What an exception of requests, urllib3, the socket or the wait means."""
     if isinstance(error, Interrupted) and error.fault is not Fault.CONNECT:
-        return TransportError(error.fault, error.detail)
+        return TransportError(error.fault, error.detail, is_connected=sending.is_connected)
     if failures.has_closed_pool(error):  # by a reload, between taking the pool and taking a connection
         return TransportError(Fault.BROKEN, failures.plain(error), is_stale=not sending.is_fresh)
     if not sending.is_connected:

@@ -6,6 +6,7 @@ touches its sockets. Every blocking call on an upstream's socket is a `Wait.unti
 
 import errno
 import functools
+import math
 import os
 import select
 import socket
@@ -155,6 +156,10 @@ class Wait:
             return
         self._raise_if_over(ready)
         raise self._expired(limit)
+
+    def pause(self, seconds: float) -> None:
+        """Let the time pass. Raises `Interrupted` if the client left or the worker stops."""
+        self._raise_if_over(self._poll.poll(math.ceil(seconds * 1000)))
 
     def check(self) -> None:
         """Raise `Interrupted` if the client left, the worker stops or the total is over."""

@@ -204,6 +204,9 @@ class State:
     has_machines = False  # there may be other gunicorns
     instance = ""
 
+    def __init__(self) -> None:
+        self._places: dict[str, int] = {}
+
     def share(self, upstreams: Sequence[Sharing]) -> None:
         """These upstreams are served from now on."""
 
@@ -227,6 +230,17 @@ class State:
         """What the other workers wrote."""
         return Rows()
 
+    def acquire_place(self, client: str, limit: int) -> bool:
+        """Take one of the places of a client key; whether one was free."""
+        count = self._places.get(client, 0)
+        if count < limit:
+            self._places[client] = count + 1
+        return count < limit
+
+    def release_place(self, client: str) -> None:
+        """Give it back."""
+        self._places[client] -= 1
+
 
 class SharedState(State):
     """See `State`."""
@@ -235,6 +249,7 @@ class SharedState(State):
 
     def __init__(self, store: Store, instance: str) -> None:
         """`instance`: the random id of this gunicorn."""
+        super().__init__()
         self._store = store
         self.has_machines = store.interval is None
         self.instance = instance

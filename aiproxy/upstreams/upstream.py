@@ -44,7 +44,7 @@ class Upstream:
     def id(self) -> str:
         """The same in each process that knows it as the same account; holds no secret."""
         account = [getattr(self.settings, name) for name in _ACCOUNT]
-        return f"{self.name}:{hashlib.sha256(msgspec.json.encode(account)).hexdigest()[:16]}"
+        return f"{self.name}:{hashlib.sha256(msgspec.json.encode(account, enc_hook=str)).hexdigest()[:16]}"
 
     def is_same_account(self, settings: UpstreamSettings) -> bool:
         """Whether what is known of this upstream's health is true of one with these settings too."""

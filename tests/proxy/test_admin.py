@@ -12,7 +12,7 @@ import pytest
 from fakes import Clock, RawClient, error, events, message_events
 
 from aiproxy.app import create_app
-from aiproxy.config import ClientKey, Config, UpstreamSettings
+from aiproxy.config import ClientKey, Config, Secret, UpstreamSettings
 
 ASK = {"model": "claude-x", "messages": [{"role": "user", "content": "Hi"}]}
 SPOKEN = message_events(["one", "two"])
@@ -34,7 +34,7 @@ def look(app, path):
 
 @pytest.mark.parametrize("path", ["/healthz", "/readyz"])
 def test_health_and_readiness_need_no_key(upstream, path):
-    app = app_of(upstream(), api_keys=(ClientKey("alice", "sk-test-alice"),))
+    app = app_of(upstream(), api_keys=(ClientKey("alice", (Secret("sk-test-alice"),)),))
     assert look(app, path)[0] == 200
 
 
@@ -128,7 +128,7 @@ def test_probes_are_answered_in_time_beside_as_many_streams_as_may_be(upstream, 
 
 # ------------------------------------------------------------------------------------- the status page
 
-ADMIN = ClientKey("admin", "sk-test-admin")
+ADMIN = Secret("sk-test-admin")
 
 
 def basic(password, user="anyone"):
@@ -137,18 +137,18 @@ def basic(password, user="anyone"):
 
 def press(app, upstream, action, **headers):
     """Press a button of the page, as a browser would unless headers say otherwise."""
-    sent = {"origin": "http://localhost", **basic(ADMIN.key), **headers}
+    sent = {"origin": "http://localhost", **basic(ADMIN), **headers}
     return app.test_client().post("/status", data={"upstream": upstream, "action": action}, headers=sent)
 
 
 def facts(app):
-    headers = {"accept": "application/json", **basic(ADMIN.key)}
+    headers = {"accept": "application/json", **basic(ADMIN)}
     return app.test_client().get("/status", headers=headers).get_json()
 
 
 @pytest.mark.parametrize("method", ["GET", "POST"])
 def test_without_an_admin_key_there_is_no_page(upstream, method):
-    app = app_of(upstream(), api_keys=(ClientKey("alice", "sk-test-alice"),))
+    app = app_of(upstream(), api_keys=(ClientKey("alice", (Secret("sk-test-alice"),)),))
     reply = app.test_client().open("/status", method=method, headers=basic("sk-test-alice"))
     assert (reply.status_code, reply.get_json()["error"]["type"]) == (404, "not_found_error")
 
@@ -172,7 +172,7 @@ def test_without_an_admin_key_there_is_no_page(upstream, method):
 )
 @pytest.mark.parametrize("method", ["GET", "POST"])
 def test_without_the_admin_key_as_password_it_is_not_shown(upstream, method, headers):
-    app = app_of(upstream(), admin_key=ADMIN, api_keys=(ClientKey("alice", "sk-test-alice"),))
+    app = app_of(upstream(), admin_key=ADMIN, api_keys=(ClientKey("alice", (Secret("sk-test-alice"),)),))
     sent = {"origin": "http://localhost", **headers}
     reply = app.test_client().open(
         "/status", method=method, headers=sent, data={"upstream": "a", "action": "drain"}
@@ -195,7 +195,7 @@ def test_without_the_admin_key_as_password_it_is_not_shown(upstream, method, hea
 )
 def test_it_is_a_page_or_the_same_as_json_by_accept(upstream, accept, kind):
     app = app_of(upstream(), admin_key=ADMIN)
-    headers = {**basic(ADMIN.key), **({"accept": accept} if accept else {})}
+    headers = {**basic(ADMIN), **({"accept": accept} if accept else {})}
     reply = app.test_client().get("/status", headers=headers)
     assert (reply.status_code, reply.mimetype) == (200, kind)
     assert "default-src 'none'" in reply.headers["content-security-policy"]
@@ -224,7 +224,7 @@ def test_page_and_json_tell_the_same_facts_and_no_secret(upstream):
         "status 500: <script>busy [redacted]</script>"
     ] * 3
     assert sum(minute["failures"] for minute in second["minutes"]) == 3
-    page = ask.get("/status", headers=basic(ADMIN.key)).get_data(as_text=True)
+    page = ask.get("/status", headers=basic(ADMIN)).get_data(as_text=True)
     assert "3 failures in a row; tried again in 30 min" in page
     assert "&lt;script&gt;busy [redacted]&lt;/script&gt;" in page
     assert "<script" not in page
@@ -248,7 +248,7 @@ def test_a_drained_upstream_s_circuit_is_told_too(upstream):
     first, second = facts(app)["upstreams"]
     assert (first["state"], first["circuit"], first["weight_share"]) == ("draining", "open", 0)
     assert second["weight_share"] == 1
-    page = app.test_client().get("/status", headers=basic(ADMIN.key)).get_data(as_text=True)
+    page = app.test_client().get("/status", headers=basic(ADMIN)).get_data(as_text=True)
     assert "circuit open for 30 min more" in page
     press(app, "a", "close")
     assert (facts(app)["upstreams"][0]["state"], facts(app)["upstreams"][0]["circuit"]) == (
@@ -282,7 +282,7 @@ def test_its_buttons_do_what_they_say(upstream):
 )
 def test_a_form_that_makes_no_sense_changes_nothing(upstream, form):
     app = app_of(upstream(), admin_key=ADMIN)
-    headers = {"origin": "http://localhost", **basic(ADMIN.key)}
+    headers = {"origin": "http://localhost", **basic(ADMIN)}
     assert app.test_client().post("/status", data=form, headers=headers).status_code == 400
     assert facts(app)["upstreams"][0]["state"] == "closed"
 
@@ -303,7 +303,7 @@ def test_a_form_of_another_page_changes_nothing(upstream, origin):
     app = app_of(upstream(), admin_key=ADMIN)
     reply = press(app, "a", "drain", origin=origin)
     assert (reply.status_code, reply.get_json()["error"]["type"]) == (403, "permission_error")
-    without = {"data": {"upstream": "a", "action": "drain"}, "headers": basic(ADMIN.key)}
+    without = {"data": {"upstream": "a", "action": "drain"}, "headers": basic(ADMIN)}
     assert app.test_client().post("/status", **without).status_code == 403
     assert facts(app)["upstreams"][0]["state"] == "closed"
 

@@ -17,7 +17,7 @@ from fakes import Clock, error, message_json
 
 from aiproxy.api import body
 from aiproxy.app import create_app
-from aiproxy.config import ClientKey, Config, LoggingSettings, UpstreamSettings
+from aiproxy.config import ClientKey, Config, LoggingSettings, Secret, UpstreamSettings
 from aiproxy.upstreams.affinity import key_of, rank
 from aiproxy.upstreams.breaker import Breaker
 from aiproxy.upstreams.upstream import Upstream
@@ -172,7 +172,7 @@ def test_a_session_belongs_to_the_client_that_names_it():
 
 
 def test_the_client_is_known_by_its_key_s_name_whichever_header_brings_it(accounts):
-    keys = tuple(ClientKey(name, f"key-of-{name}") for name in ("alice", "bob"))
+    keys = tuple(ClientKey(name, (Secret(f"key-of-{name}"),)) for name in ("alice", "bob"))
     client = accounts.client(WEIGHTS, api_keys=keys)
     for session in sessions(30):
         for name in ("alice", "bob"):

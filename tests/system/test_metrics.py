@@ -58,6 +58,8 @@ def busy(metrics):
     metrics.stream_began()
     metrics.circuits({"one": "closed", "two": "open"})
     metrics.reloaded("applied")
+    metrics.cost("alice", "claude-x", "complete", 0.25)
+    metrics.ledger({("alice", "daily"): 0.5}, 0)
     return metrics
 
 
@@ -161,10 +163,13 @@ def test_the_exposition_is_prometheus_text_about_nothing_else():
     assert types == {
         "aiproxy_answer_seconds": "histogram",
         "aiproxy_attempts_total": "counter",
+        "aiproxy_budget_used_ratio": "gauge",
         "aiproxy_build_info": "gauge",
         "aiproxy_circuit_state": "gauge",
         "aiproxy_client_tokens_total": "counter",
+        "aiproxy_cost_dollars_total": "counter",
         "aiproxy_first_byte_seconds": "histogram",
+        "aiproxy_ledger_dropped_rows": "gauge",
         "aiproxy_reloads_total": "counter",
         "aiproxy_requests_total": "counter",
         "aiproxy_streams_in_flight": "gauge",
@@ -445,7 +450,7 @@ def test_the_dashboard_can_be_imported_anywhere():
 
 
 def test_each_alert_says_what_to_do():
-    assert len(alerts()) == 3
+    assert len(alerts()) == 4
     for rule in alerts():
         assert re.fullmatch(r"[1-9]\d*m", rule["for"])
         assert rule["labels"]["severity"] in ("warning", "critical")

@@ -53,7 +53,7 @@ def client_of(fake, **settings):
     return create_app(Config(upstreams=(upstream,), **settings)).test_client()
 
 
-@pytest.mark.parametrize("keys", [(), (ClientKey("alice", "key-of-alice"),)])
+@pytest.mark.parametrize("keys", [(), (ClientKey("alice", ("key-of-alice",)),)])
 @pytest.mark.parametrize(("method", "path"), PROBES)
 def test_a_probe_is_answered_without_a_key_an_upstream_or_a_line(upstream, capsys, method, path, keys):
     fake = upstream()

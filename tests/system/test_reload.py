@@ -199,7 +199,7 @@ def test_changes_are_told_by_their_paths_and_never_with_a_secret(tmp_path):
     assert told == [
         "listen: 8080 -> 8081 (needs a restart)",
         "timeouts.idle: 60.0 -> 120.0",
-        "api_keys.alice: changed",
+        "api_keys.alice.keys: changed",
         "api_keys.bob: removed",
         "api_keys.carol: added",
         "max_in_flight: not set -> 9",
@@ -380,7 +380,7 @@ def test_a_changed_env_file_is_taken_up_and_a_faulty_one_is_refused(path):
     keys.write_text("KEY=sk-test-two")
     follower.look()
     follower.look()
-    assert [config.api_keys[0].key for config, _ in taker.taken] == ["sk-test-two"]
+    assert [config.api_keys[0].keys[0] for config, _ in taker.taken] == ["sk-test-two"]
     keys.write_text("KEY")
     follower.look()
     follower.look()

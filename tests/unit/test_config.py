@@ -16,6 +16,7 @@ from aiproxy.config import (
     ClientKey,
     Config,
     ConfigError,
+    LedgerSettings,
     LoggingSettings,
     Timeouts,
     UpstreamSettings,
@@ -193,8 +194,9 @@ def test_every_setting_is_read(loader: Loader) -> None:
         logging=LoggingSettings(level="debug", prompt_preview=0, format="json", file="/dev/null"),
         affinity="prefix",
         max_in_flight=7,
+        ledger=LedgerSettings(file=str(loader.path.parent / "ledger.db")),
         workers=2,
-        admin_key=ClientKey("admin", "adm1n"),
+        admin_key="adm1n",
         upstreams=(primary, spare),
     )
     assert config.max_body == 1_572_864
@@ -244,7 +246,7 @@ def test_the_example_file_is_a_demo_with_the_defaults_and_shows_a_failover_soon(
     config = load(EXAMPLE, {})
     assert config.is_demo
     assert config.warnings == ()
-    assert msgspec.structs.replace(config, upstreams=()) == Config()
+    assert msgspec.structs.replace(config, upstreams=(), ledger=None) == Config()
     found = {each.name: (each.base_url, each.weight) for each in config.upstreams}
     assert found == {"demo-answers": ("demo://answers", 1), "demo-failing": ("demo://failing", 2)}
 
@@ -517,7 +519,11 @@ def test_a_variable_of_the_env_file_wins_over_the_environment(loader: Loader, tm
     (tmp_path / "keys").write_text("\n".join(lines))
     keys = "[{name: a, key: '${TWO}'}, {name: b, key: '${THREE}'}, {name: c, key: '${FOUR}'}]"
     config = loader.settings(f"env_file: keys\napi_keys: {keys}", TWO="not this", FOUR="sk-test-four")
-    assert [each.key for each in config.api_keys] == ["sk-test-two", "sk-test=three", "sk-test-four"]
+    assert [each.keys for each in config.api_keys] == [
+        ("sk-test-two",),
+        ("sk-test=three",),
+        ("sk-test-four",),
+    ]
     assert "sk-test" not in repr(config)
 
 
@@ -1010,9 +1016,9 @@ def test_the_traceback_of_a_fault_shows_no_secret(loader: Loader, text: str) -> 
 def test_client_keys_are_strings_or_have_a_name(loader: Loader) -> None:
     config = loader.settings('api_keys: [t0ken-1, {name: alice, key: "${A}"}, "t0ken-3"]', A="t0ken-2")
     assert config.api_keys == (
-        ClientKey("key-1", "t0ken-1"),
-        ClientKey("alice", "t0ken-2"),
-        ClientKey("key-3", "t0ken-3"),
+        ClientKey("key-1", ("t0ken-1",)),
+        ClientKey("alice", ("t0ken-2",)),
+        ClientKey("key-3", ("t0ken-3",)),
     )
     assert "t0ken" not in repr(config)
 
