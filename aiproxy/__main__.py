@@ -1,34 +1,106 @@
-"""`python -m aiproxy check [FILE]`: whether a configuration can be served, without serving it."""
+"""The command line: `python -m aiproxy check`, `usage` and `key`."""
 
 import argparse
+import hashlib
 import io
+import json
 import os
+import secrets
 import sys
+import time
+from datetime import date
 from pathlib import Path
 
-from .config import Config, ConfigError, Sources, load, path_from
+from .config import Config, ConfigError, LedgerSettings, Sources, default_ledger, load, path_from
+from .ledger.report import BY, sums_as_csv, sums_as_text
+from .ledger.spending import periods
+from .ledger.store import LedgerError, Store
+
+#: Where systemd keeps the ledger of the shipped unit.
+_STATE_DIRECTORY = "/var/lib/aiproxy"
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code 0 with a summary, 1 with all faults."""
+    """The exit code: 0, or 1 with what is wrong on standard error."""
     parser = argparse.ArgumentParser(prog="python -m aiproxy")
-    commands = parser.add_subparsers(required=True, metavar="check")
+    commands = parser.add_subparsers(required=True, metavar="check | usage | key")
     check = commands.add_parser("check", help="list all faults of a configuration, or sum it up")
     check.add_argument("file", nargs="?", type=Path, help="default: $AIPROXY_CONFIG, else config.yaml")
-    file = parser.parse_args(arguments).file or path_from(os.environ)
+    check.set_defaults(run=_check)
+    usage = commands.add_parser("usage", help="what was spent, from the ledger of $AIPROXY_CONFIG")
+    usage.add_argument("--by", choices=BY, default="key", help="default: key")
+    usage.add_argument(
+        "--since", type=_day, metavar="2026-11-01", help="default: the first of this month, UTC"
+    )
+    usage.add_argument("--csv", action="store_true", help="for a spreadsheet")
+    usage.set_defaults(run=_usage)
+    key = commands.add_parser("key", help="make a new client key")
+    key.add_argument("name", help="what logs and the ledger call it")
+    key.set_defaults(run=_key)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names may have signs that the terminal lacks
+    given = parser.parse_args(arguments)
     try:
-        # What a shell puts together, `check <(...)`, can be read once.
-        sources = Sources(file.read_bytes()) if file.is_fifo() else None
-        config = load(file, sources=sources, is_check=True)
-    except ConfigError as error:
+        given.run(given)
+    except (ConfigError, LedgerError) as error:
         print(error, file=sys.stderr)
         return 1
+    return 0
+
+
+def _check(given: argparse.Namespace) -> None:
+    file = given.file or path_from(os.environ)
+    # What a shell puts together, `check <(...)`, can be read once.
+    sources = Sources(file.read_bytes()) if file.is_fifo() else None
+    config = load(file, sources=sources, is_check=True)
     for warning in config.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     print(f"{file}: good\n{_summary(config)}")
-    return 0
+
+
+def _usage(given: argparse.Namespace) -> None:
+    ledger = _ledger(load(path_from(os.environ), was_good=True))
+    since = given.since or periods(time.time())["monthly"].first
+    store = Store(ledger)
+    try:
+        sums = store.sums(since, BY[given.by])
+    finally:
+        store.close()
+    if given.csv:
+        print(sums_as_csv(given.by, sums), end="")
+    else:
+        print(f"since {since}, UTC\n{sums_as_text(given.by, sums)}")
+
+
+def _ledger(config: Config) -> LedgerSettings:
+    """The ledger that a service with this configuration writes. Raises `LedgerError`."""
+    ledger = config.ledger
+    if ledger is None:
+        raise LedgerError("the configuration keeps no ledger")
+    if ledger.url or os.path.exists(ledger.file):
+        return ledger
+    # Where nothing is named, systemd's state directory is the place, which only the unit knows of.
+    usual = default_ledger(Path(_STATE_DIRECTORY), {})
+    if ledger.file == default_ledger(path_from(os.environ).parent.absolute(), {}) and os.path.exists(usual):
+        return LedgerSettings(file=usual)
+    raise LedgerError(f"{ledger.file}: there is no such ledger (yet)")
+
+
+def _key(given: argparse.Namespace) -> None:
+    key = f"sk-aiproxy-{secrets.token_urlsafe(32)}"
+    digest = hashlib.sha256(key.encode()).hexdigest()
+    print(
+        f"The new key, which is shown only now:\n\n  {key}\n\n"
+        "Add it to api_keys in the configuration. The file does not hold the key itself:\n\n"
+        f"  - name: {json.dumps(given.name, ensure_ascii=False)}\n    key_sha256: {digest}"
+    )
+
+
+def _day(text: str) -> str:
+    try:
+        return date.fromisoformat(text).isoformat()
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not a day such as 2026-11-01") from None
 
 
 def _summary(config: Config) -> str:
@@ -40,6 +112,9 @@ def _summary(config: Config) -> str:
     lines = [f"  listens on {config.address}, serves {clients}"]
     if config.state is not None:
         lines.append(f"  shares what it knows by way of {config.state.host}")
+    if config.ledger is not None:
+        where = config.ledger.file or "a PostgreSQL server"
+        lines.append(f"  keeps its ledger in {where}, for {config.ledger.days} days")
     for upstream in config.upstreams:
         share = f"{upstream.weight / total:.0%} of the requests" if upstream.enabled else "not enabled"
         models = ", ".join(sorted(upstream.available_models)) or "every model"

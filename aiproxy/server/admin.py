@@ -7,13 +7,17 @@ import base64
 import binascii
 import hmac
 import logging
+import time
 from urllib.parse import parse_qs
 
 import flask
 
 from ..api.headers import Pairs
 from ..errors import ApiError
+from ..ledger.report import Report
+from ..ledger.store import LedgerError
 from ..observability import logs
+from . import usage_page
 from .routes import current_request, own_response, turn_away
 from .runtime import Service
 from .status import as_html, as_json
@@ -67,6 +71,28 @@ def create_console(service: Service) -> flask.Blueprint:
             return own_response(200, as_json(service.status()), _PAGE)
         return own_response(200, as_html(service.status()), _PAGE, "text/html; charset=utf-8")
 
+    @blueprint.get("/usage", provide_automatic_options=False)
+    def usage() -> flask.Response:
+        """Who spent what."""
+        if challenge := _challenge():
+            return challenge
+        query = usage_page.Query.of(flask.request.args)
+        budgets = service.runtime.budgets
+        limits = budgets.every() if budgets is not None else []
+        problem = service.ledger.problem if service.ledger is not None else None
+        page = usage_page.as_html(_report(service, query), query, time.time(), limits, problem)
+        return own_response(200, page, _PAGE, "text/html; charset=utf-8")
+
+    @blueprint.get("/usage.csv", provide_automatic_options=False)
+    def usage_csv() -> flask.Response:
+        """One table of that page."""
+        if challenge := _challenge():
+            return challenge
+        query, table = usage_page.Query.of(flask.request.args), flask.request.args.get("table", "")
+        content = usage_page.as_csv(_report(service, query), query, table)
+        named = ("content-disposition", f'attachment; filename="aiproxy-{table}.csv"')
+        return own_response(200, content, [*_PAGE, named], "text/csv; charset=utf-8")
+
     @blueprint.post("/status", provide_automatic_options=False)
     def act() -> flask.Response:
         """A button of the page."""
@@ -80,6 +106,16 @@ def create_console(service: Service) -> flask.Blueprint:
         return own_response(303, b"", [("location", "/status"), *_PAGE], _TEXT)
 
     return blueprint
+
+
+def _report(service: Service, query: usage_page.Query) -> Report:
+    """Raises `ApiError` 404 without a ledger, 503 where it cannot be read."""
+    if service.ledger is None:
+        raise ApiError(404, "not_found_error", "aiproxy keeps no ledger.")
+    try:
+        return service.ledger.read(lambda store: Report.of(store, time.time(), query.key, query.outcome))
+    except LedgerError as error:
+        raise ApiError(503, "api_error", f"The ledger cannot be read: {error}") from None
 
 
 def _challenge() -> flask.Response | None:

@@ -197,6 +197,7 @@ class Service:
             is_shared=self._state.is_shared,
             silent=[f"{each.server}, worker {each.worker}" for each in silent],
             problem=written.problem,
+            ledger=self.ledger.problem if self.ledger is not None else None,
         )
 
     def exposition(self) -> tuple[bytes, str]:
