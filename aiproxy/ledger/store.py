@@ -127,11 +127,14 @@ class Store:
         with self._transaction(is_read=True) as run:
             return [Exchange(*row) for row in run(statement, *given.values(), limit)]
 
-    def announce(self, what: str, at: float) -> bool:
-        """Note that this is announced; False where another process has done so."""
-        statement = "INSERT INTO announced VALUES (?, ?) ON CONFLICT DO NOTHING RETURNING what"
+    def announce(self, what: str, at: float, again_after: float) -> bool:
+        """Note that this is announced; False where that was done in the `again_after` seconds before `at`."""
+        statement = (
+            "INSERT INTO announced VALUES (?, ?) ON CONFLICT (what) DO UPDATE SET at = excluded.at "
+            "WHERE announced.at < excluded.at - ? RETURNING what"
+        )
         with self._transaction() as run:
-            return bool(run(statement, what, at))
+            return bool(run(statement, what, at, again_after))
 
     def forget(self, before: float, day: str, limit: int) -> int:
         """Remove at most `limit` rows older than `before`, and sums of earlier days than `day`."""

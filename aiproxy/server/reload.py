@@ -41,6 +41,8 @@ class Service(Protocol):
 
     def update_gauges(self) -> None: ...
 
+    def alert(self) -> None: ...
+
 
 class LastGood:
     """The text of the configuration that was accepted last, in a file that all workers share.
@@ -161,6 +163,7 @@ class Follower:
             try:
                 self.look()
                 self._service.update_gauges()
+                self._service.alert()
             except Exception:  # a bug must not end the following
                 logs.exception("bug", thread="reload")
 

@@ -26,6 +26,7 @@ from ..observability import logs
 from ..observability.history import History
 from ..observability.metrics import Figures, Metrics, exposition_of, merged
 from ..observability.redaction import Redactor
+from ..observability.webhook import Webhook
 from ..proxy.attempt import Tools
 from ..proxy.failover import Failover
 from ..proxy.journal import Journal
@@ -37,6 +38,7 @@ from ..upstreams.breaker import Breaker, Change, CircuitState, Event
 from ..upstreams.message_threads import Owners
 from ..upstreams.shared_state import State
 from ..upstreams.upstream import Upstream
+from .alerts import Alerts
 from .auth import ClientKeys
 from .client import Serving
 from .limits import SPARE, InFlight, KeyPlaces
@@ -86,6 +88,7 @@ class Service:
         self._state = state
         self._owners = Owners(clock, state)
         self.ledger = Ledger(config.ledger, time.time) if config.ledger is not None else None
+        self._alerts = Alerts(Webhook(), self.ledger)
         self._in_flight = InFlight(config.max_in_flight)
         self._in_flight.set_threads(DEFAULT_THREADS)
         self._discards = InFlight(SPARE // 2)
@@ -161,6 +164,19 @@ class Service:
         if budgets is not None and self.ledger is not None:
             shares = {(each.client or "all", each.period.name): each.share for each in budgets.every()}
             self.metrics.ledger(shares, self.ledger.dropped)
+
+    def alert(self) -> None:
+        """Tell the webhook what is new, if there is one."""
+        runtime = self.runtime
+        if runtime.config.webhook is None:
+            return
+        self._alerts.look(
+            runtime.config.webhook,
+            self._server,
+            runtime.budgets.every() if runtime.budgets is not None else [],
+            {each.name: each.breaker.circuit() for each in runtime.balancer.upstreams},
+            None if self.is_stopping else self.unready(),
+        )
 
     def unready(self) -> str | None:
         """Why a new request had better go elsewhere; None where some upstream is usable."""
