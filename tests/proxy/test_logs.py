@@ -709,7 +709,11 @@ def test_every_kind_of_failure_shows_no_secret_and_no_line_of_a_stranger(upstrea
     ]
     prompt = f"{FORGED}\n{FORGED}\u2028{KEY} {BEARER} {TOKEN}-a {TOKEN}-b"
     said = []
-    a, b = (upstream(default=lambda wire, seen: said[-1](wire, seen)) for _ in "ab")
+
+    def repeat(wire, seen):
+        said[-1](wire, seen)
+
+    a, b = upstream(default=repeat), upstream(default=repeat)
     own = [
         {"base_url": a, "token": f"{TOKEN}-a"},
         {"base_url": b, "token": f"{TOKEN}-b", "auth": "bearer"},
