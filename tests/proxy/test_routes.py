@@ -194,21 +194,21 @@ def memory_of(proxy, field):
 
 
 @pytest.mark.parametrize(
-    ("head", "before", "after", "end"),
+    ("head", "piece", "end"),
     [
-        (f"{HEAD}content-length: {40 * MB}\r\n\r\n".encode(), b"", b"", b""),
-        (CHUNKED, b"%x\r\n" % MB, b"\r\n", b"0\r\n\r\n"),
-        (CHUNKED + b"%x\r\n" % (40 * MB), b"", b"", b"\r\n0\r\n\r\n"),
+        (f"{HEAD}content-length: {40 * MB}\r\n\r\n".encode(), b"x" * MB, b""),
+        (CHUNKED, b"%x\r\n%b\r\n" % (MB, b"x" * MB), b"0\r\n\r\n"),
+        (CHUNKED + b"%x\r\n" % (40 * MB), b"x" * MB, b"\r\n0\r\n\r\n"),
     ],
     ids=["length", "chunks", "one chunk"],
 )
-def test_an_upload_of_40_mb_sees_the_413_and_is_not_kept(proxy, client, a, head, before, after, end):
+def test_an_upload_of_40_mb_sees_the_413_and_is_not_kept(proxy, client, a, head, piece, end):
     assert_still_works(client)
     worker, used = memory_of(proxy, "VmRSS")
     Path(f"/proc/{worker}/clear_refs").write_text("5")  # the peak begins anew
     client.send(head)
     for _ in range(40):
-        client.send(before + b"x" * MB + after)
+        client.send(piece)
     client.send(end)
     assert_ours(client.read(), 413, "request_too_large")
     assert memory_of(proxy, "VmHWM")[1] - used < 16
@@ -378,6 +378,24 @@ def test_the_query_passes_as_it_is_and_cannot_change_the_path(client, a, query):
     client.post(SPELT, target=f"/v1/messages{query}")
     assert client.read().status == 200
     assert a.seen[0].target == f"/v1/messages{query}"
+
+
+@pytest.mark.parametrize(
+    ("version", "field", "is_kept"),
+    [
+        ("1.1", "", True),
+        ("1.1", "connection: close\r\n", False),
+        ("1.0", "", False),
+        ("1.0", "connection: keep-alive\r\n", True),
+    ],
+)
+def test_a_connection_is_kept_or_closed_as_the_client_wants_it(client, a, version, field, is_kept):
+    client.send(WHOLE.replace(b"HTTP/1.1\r\n", f"HTTP/{version}\r\n{field}".encode()))
+    assert client.read().status == 200
+    if is_kept:
+        assert_still_works(client)
+    else:
+        client.wait_closed()
 
 
 # ------------------------------------------------------------------------------------- what a retry mends
