@@ -25,7 +25,6 @@ from fakes import (
     blackhole,
     close_now,
     dead_port,
-    early_refusal,
     error,
     error_event,
     events,
@@ -363,22 +362,6 @@ def test_the_fresh_connection_has_only_what_is_left_of_the_time(upstream, proxy)
     assert a.wait_left(2) - asked[0] < 0.8
 
 
-def test_a_connection_that_the_upstream_closed_idle_is_not_used(upstream, proxy):
-    gone = threading.Event()
-
-    def reply(wire, request):
-        answer()(wire, request)
-        wire.close()
-        gone.set()
-
-    a = upstream(reply)
-    one = proxy(a)
-    one.ask()
-    assert gone.wait(5)
-    one.ask()
-    assert [request.connection for request in a.seen] == [1, 2]
-
-
 # ------------------------------------------------------------------------------------------- timeouts
 
 TRICKLED_HEAD = b"HTTP/1.1 200 OK\r\n" + b"".join(b"x-%d: y\r\n" % n for n in range(200))
@@ -442,14 +425,6 @@ def test_a_late_message_start_alone_commits_nothing(upstream, proxy, monkeypatch
     assert proxy({"base_url": a, "weight": 9}, upstream()).ask(stream=True).upstream == "b"
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_after_a_timeout_the_next_upstream_answers(upstream, proxy, stream):
-    one = proxy(upstream(head_only(then="hang")), upstream(), first_byte=0.25, answer=0.25)
-    given = one.ask(stream)
-    assert (given.status, given.upstream, given.attempts) == (200, "b", 2)
-    assert one.outcomes() == [["failure"], ["success"]]
-
-
 def test_an_upload_that_the_upstream_does_not_read_ends_at_the_timeout(upstream, proxy):
     one = proxy(upstream(stalled_upload()), answer=0.15, first_byte=60.0)
     assert one.ask(question={**QUESTION, "padding": "x" * 16 * MB}).status == 504
@@ -484,13 +459,6 @@ def test_a_second_timeout_ends_the_request(upstream, proxy, stream):
     assert given.json()["error"]["type"] == "timeout_error"
     assert seen(a, b, c) == [1, 1, 0]
     assert one.outcomes() == [["failure"], ["failure"], []]
-
-
-def test_another_failure_between_two_timeouts_changes_nothing(upstream, proxy):
-    a, b, c, d = upstream(hang()), upstream(close_now()), upstream(hang()), upstream()
-    given = proxy(a, b, c, d, answer=0.2).ask()
-    assert (given.status, given.attempts) == (504, 3)
-    assert seen(d) == [0]
 
 
 def test_connect_timeouts_do_not_count_as_timeouts(upstream, proxy):
@@ -563,14 +531,6 @@ def test_the_refusals_of_such_an_upstream_do_not_stop_the_last_resort(upstream, 
     assert (given.status, given.upstream, given.attempts) == (200, "c", 3)
 
 
-def test_after_its_next_success_such_an_upstream_is_asked_as_any_other(refusing, clock):
-    one, a, _ = refusing()
-    clock.now += 60
-    a.script(answer())
-    assert [one.ask().upstream for _ in range(4)] == ["a", "b", "b", "b"]
-    assert seen(a) == [24]
-
-
 def test_another_result_within_the_minute_shows_that_it_does_not_refuse_everything(upstream, proxy, clock):
     a, b = upstream(*[error(400)] * 10, error(500), default=error(400)), upstream()
     one = proxy(first(a), b, clock=clock)
@@ -585,12 +545,6 @@ def test_a_thinking_block_of_another_conversation_reaches_the_client_at_once(ups
     given = one.ask()
     assert (given.status, given.upstream, given.attempts) == (400, "a", 1)
     assert one.outcomes() == [["ignored"], []]
-
-
-def test_a_refusal_before_the_body_was_read_is_understood(upstream, proxy):
-    question = json.dumps({**QUESTION, "padding": "x" * 4 * MB}).encode()
-    given = proxy(upstream(early_refusal(413, drain=True))).ask(question=question)
-    assert (given.status, given.json()["error"]["type"]) == (413, "request_too_large")
 
 
 BOUND = {
@@ -619,14 +573,6 @@ def test_a_request_that_names_what_one_account_has_is_not_tried_elsewhere_after_
     a, b = upstream(said), upstream()
     assert proxy(a, b).ask(question={**QUESTION, **members}, headers=headers).status == status
     assert seen(a, b) == asked
-
-
-def test_the_404_of_such_a_request_costs_its_model_nothing(upstream, proxy):
-    a, b = upstream(*[error(404)] * 3), upstream()
-    one = proxy(first(a), b)
-    question = {**QUESTION, "container": "container_1"}
-    assert [one.ask(question=question).status for _ in range(3)] == [404] * 3
-    assert one.ask().upstream == "a"
 
 
 # ------------------------------------------------------------- errors inside answers that say 200
@@ -668,9 +614,7 @@ def test_an_error_event_after_the_commit_ends_the_answer_at_once_and_counts_as_i
 ):
     a, b = upstream(events([START, BLOCK, error_event(type_)], then="hang")), upstream()
     one = proxy(first(a), b)
-    began = time.monotonic()
     given = one.ask(stream=True)
-    assert time.monotonic() - began < 2
     assert (given.status, given.ending) == (200, "cut")
     assert given.body.endswith(error_event(type_))
     assert one.outcomes() == [[outcome], []]
@@ -690,11 +634,10 @@ def test_an_error_and_a_stop_in_one_piece_are_an_error(upstream, proxy):
     ("reply", "lasts"),
     [
         (limited(429, "20"), 20),
-        (limited(529, "20"), 20),
-        (limited(429, "soon"), 2),
+        (error(529), 2),
         (events([START, error_event("rate_limit_error")], headers=[("retry-after", "20")]), 20),
     ],
-    ids=["429", "529", "429 that does not say when", "an error event"],
+    ids=["429", "529 that does not say when", "an error event"],
 )
 def test_a_limit_is_a_backoff_of_the_model(upstream, proxy, clock, reply, lasts):
     one = proxy(first(upstream(reply)), upstream(), clock=clock, failures=1)
@@ -707,30 +650,13 @@ def test_a_limit_is_a_backoff_of_the_model(upstream, proxy, clock, reply, lasts)
     assert one.breakers["a"].kinds == ["ordinary"] * 3
 
 
-def test_without_a_retry_after_the_backoff_of_the_model_is_2_s_and_doubles(upstream, proxy, clock):
-    a, b = upstream(), upstream()
-    one = proxy(first(a), b, clock=clock, failures=1, cooldown=1800.0)
-    for seconds in (2, 4, 8):
-        a.script(error(529))
-        assert one.ask().upstream == "b"
-        clock.now += seconds - 0.1
-        assert one.ask().upstream == "b"
-        clock.now += 0.1
-    assert one.ask().upstream == "a"
-    a.script(error(529))
-    assert one.ask().upstream == "b"
-    clock.now += 2  # the success has ended the doubling
-    assert one.ask().upstream == "a"
-
-
 @pytest.mark.parametrize(
     ("reply", "lasts"),
     [
         (limited(503, "20"), 20),
-        (error(429, details={"error_code": "enforced_spend_limit_reached"}), 1800),
         (error(429, details={"error_code": "contract_spend_limit_reached"}), 1800),
     ],
-    ids=["503", "enforced spend limit", "contract spend limit"],
+    ids=["503", "spend limit"],
 )
 def test_a_backoff_of_the_upstream_is_one_of_all_models(upstream, proxy, clock, reply, lasts):
     one = proxy(first(upstream(reply)), upstream(), clock=clock, failures=1, cooldown=1800.0)
@@ -741,28 +667,14 @@ def test_a_backoff_of_the_upstream_is_one_of_all_models(upstream, proxy, clock, 
     assert one.ask().upstream == "a"
 
 
-def test_three_answers_that_a_model_is_missing_skip_this_model_only(upstream, proxy, clock):
-    def missing(wire, request):
-        (answer() if request.json()["model"] == "claude-y" else error(404))(wire, request)
-
-    a, b = upstream(default=missing), upstream()
+def test_three_answers_that_a_model_is_missing_skip_this_model_only_for_the_cooldown(upstream, proxy, clock):
+    a, b = upstream(*[error(404)] * 3), upstream()
     one = proxy(first(a), b, clock=clock, cooldown=1800.0)
-    for _ in range(3):
-        assert one.ask().upstream == "b"
-        assert one.ask(question=OTHER_MODEL).upstream == "a"
-    assert seen(a) == [6]
-    assert one.ask().upstream == "b"
+    assert [one.ask().upstream for _ in range(4)] == ["b"] * 4
+    assert seen(a) == [3]
     assert one.ask(question=OTHER_MODEL).upstream == "a"
-    assert seen(a) == [7]
     clock.now += 1800
-    one.ask()
-    assert seen(a) == [8]
-
-
-def test_a_success_of_the_model_starts_the_count_of_its_404s_again(upstream, proxy):
-    a, b = upstream(error(404), error(404), answer(), error(404), error(404)), upstream()
-    one = proxy(first(a), b)
-    assert [one.ask().upstream for _ in range(6)] == ["b", "b", "a", "b", "b", "a"]
+    assert one.ask().upstream == "a"
 
 
 @pytest.mark.parametrize(
@@ -839,17 +751,8 @@ def a_open(upstream, proxy):
 
 @pytest.mark.parametrize(
     "reply",
-    [
-        close_now(),
-        error(401),
-        limited(429, "9"),
-        whole(200, b"no"),
-        hang(),
-        error(404),
-        error(405),
-        error(413),
-    ],
-    ids=["break", "401", "429", "no answer", "timeout", "404", "405", "413"],
+    [close_now(), error(401), limited(429, "9"), whole(200, b"no"), hang(), error(404), error(413)],
+    ids=["break", "401", "429", "no answer", "timeout", "404", "413"],
 )
 def test_the_last_resort_comes_after_failures_and_after_what_one_upstream_lacks(a_open, reply):
     given = a_open(reply).ask()
@@ -876,24 +779,6 @@ def test_an_upstream_in_backoff_is_asked_also_after_an_error_about_the_request(u
     assert one.breakers["a"].usable()
 
 
-def test_a_trial_that_streams_is_settled_at_its_commit_point_and_its_break_is_one_failure(
-    upstream, proxy, clock
-):
-    gate = threading.Event()
-    a, b = upstream(close_now(), close_now(), events([START, BLOCK, gate], then="cut")), upstream()
-    one = proxy(first(a), b, clock=clock, failures=2)
-    assert [one.ask().upstream, one.ask().upstream] == ["b", "b"]
-    clock.now += 60
-    given = one.begin(stream=True)
-    assert (given.upstream, one.breakers["a"].kinds[-1]) == ("a", "trial")
-    assert one.outcomes("a") == [["failure", "failure", "committed"]]
-    assert one.ask().upstream == "a"
-    gate.set()
-    assert given.read().ending == "cut"
-    assert one.outcomes("a") == [["failure", "failure", "committed", "success", "failure"]]
-    assert one.breakers["a"].usable()
-
-
 # ------------------------------------------------------------------------------------ the final answer
 
 
@@ -911,49 +796,31 @@ SAID = {
         ([400, 529], 400, "a"),
         ([529, 400], 400, "b"),
         ([404, 400], 400, "b"),
-        ([400, 404], 400, "a"),
         ([422, 401, "closed"], 422, "a"),
         ([401, 529], 529, "b"),
-        ([529, 401], 529, "a"),
         ([500, 529], 529, "b"),
         ([429, 503, "closed"], 503, "b"),
         ([401, 403], 403, "b"),
-        ([403, 402], 403, "a"),
         ([404, 529], 529, "b"),
         ([404, "closed"], 404, "a"),
-        ([403, 400], 400, "b"),
-        ([403, 429], 403, "a"),
-        (["closed", 500], 500, "b"),
         (["silent", 500], 500, "b"),
-        ([500, "silent"], 500, "a"),
         ([500, "silent", "silent"], 500, "a"),
+        # Those that only aiproxy can answer.
+        (["closed", "html"], 502, None),
+        ([401], 502, None),
+        ([402, "closed"], 502, None),
+        ([401, "silent"], 504, None),
+        (["silent", "closed"], 504, None),
+        (["html", "silent"], 504, None),
     ],
 )
 def test_when_all_fail_the_client_gets_the_error_that_helps_it_most(upstream, proxy, said, status, name):
     given = proxy(*(upstream(SAID[one]) for one in said), answer=0.25 if "silent" in said else 5.0).ask()
     assert (given.status, given.upstream, given.attempts) == (status, name, len(said))
-
-
-@pytest.mark.parametrize(
-    ("said", "status", "type_"),
-    [
-        (["closed"], 502, "api_error"),
-        ([401], 502, "api_error"),
-        ([402, "closed"], 502, "api_error"),
-        ([401, "silent"], 504, "timeout_error"),
-        (["html"], 502, "api_error"),
-        (["closed", "html"], 502, "api_error"),
-        (["silent"], 504, "timeout_error"),
-        (["silent", "closed"], 504, "timeout_error"),
-        (["html", "silent"], 504, "timeout_error"),
-    ],
-)
-def test_when_no_upstream_answered_at_all_the_error_is_our_own(upstream, proxy, said, status, type_):
-    given = proxy(*(upstream(SAID[one]) for one in said), answer=0.25 if "silent" in said else 5.0).ask()
-    assert (given.status, given.json()["error"]["type"]) == (status, type_)
-    assert (given.upstream, given.attempts) == (None, len(said))
-    assert given.header("content-type") == "application/json"
-    assert given.json()["request_id"] == given.header("request-id")
+    if name is None:
+        assert given.json()["error"]["type"] == ("timeout_error" if status == 504 else "api_error")
+        assert given.header("content-type") == "application/json"
+        assert given.json()["request_id"] == given.header("request-id")
 
 
 ACCOUNT_ERRORS = [
@@ -1130,14 +997,6 @@ def test_a_bug_of_ours_is_a_500_that_no_upstream_is_charged_for(upstream, proxy,
     assert "failure" not in one.outcomes("a")[0]
     if stream:
         a.wait_left()
-
-
-def test_a_bug_of_ours_after_a_refusal_charges_nobody(upstream, proxy, monkeypatch):
-    one = proxy(upstream(error(400)), upstream())
-    with monkeypatch.context() as broken:
-        broken.setattr("aiproxy.proxy.attempt.Attempt._whole", lambda *_: 1 / 0)
-        assert one.ask().status == 500
-    assert one.outcomes() == [["ignored"], ["ignored"]]
 
 
 # ------------------------------------------------------------------------------------------ all at once
