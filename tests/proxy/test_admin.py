@@ -312,3 +312,13 @@ def test_a_wrong_password_is_told_in_the_log(upstream, capsys):
     (line,) = [line for line in capsys.readouterr().out.splitlines() if " refused " in line]
     assert "status=401" in line
     assert "guess" not in line
+
+
+def test_a_failure_of_another_day_is_shown_with_its_date(upstream, monkeypatch):
+    now = 1_800_000_000.0
+    monkeypatch.setattr("time.time", lambda: now)
+    app = app_of(upstream(error(529)), admin_key=ADMIN)
+    app.test_client().post("/v1/messages", json=ASK)
+    now += 3 * 24 * 3600
+    page = app.test_client().get("/status", headers=basic(ADMIN.key)).text
+    assert "<time>2027-01-15 08:00:00 UTC</time>" in page

@@ -94,15 +94,31 @@ def test_shutdown_ends_waits_that_run_and_those_that_begin_later(pair, shutdown)
     timer.join()
 
 
+class Timer:
+    """Stands in for `threading.Timer`: notes what it is asked."""
+
+    def __init__(self, seconds, act):
+        self.seconds, self.act = seconds, act
+        self.asked = []
+
+    def start(self):
+        self.asked.append("start")
+
+    def cancel(self):
+        self.asked.append("cancel")
+
+
 @pytest.mark.parametrize(("graceful", "ends_after"), [(30, 28), (4, 2), (0.2, 0.1)])
 def test_a_stopping_worker_ends_waits_two_seconds_before_its_end_or_halfway(
     monkeypatch, graceful, ends_after
 ):
-    timers = []
-    monkeypatch.setattr("threading.Timer", lambda *given: timers.append(given) or threading.Thread())
+    made = []
+    monkeypatch.setattr("threading.Timer", lambda *given: made.append(Timer(*given)) or made[-1])
     shutdown = Shutdown()
     shutdown.begin(graceful)
-    assert timers == [(ends_after, shutdown.end_waits)]
+    shutdown.close()
+    (timer,) = made
+    assert (timer.seconds, timer.act, timer.asked) == (ends_after, shutdown.end_waits, ["start", "cancel"])
 
 
 def test_workers_share_no_shutdown(pair):
