@@ -294,12 +294,6 @@ def test_what_is_no_chunk_ends_the_call(upstream, transport, size):
         ask(transport, upstream(raw(CHUNKED + size + b"\r\nfirst\r\n0\r\n\r\n", "hang")).url)
 
 
-def test_an_answer_without_a_body_is_not_waited_for(upstream, transport):
-    response = begin(transport, upstream(raw(CHUNKED.replace(b"200 OK", b"204 No Content"), "hang")).url)
-    assert list(response.pieces()) == []
-    response.close()
-
-
 @pytest.mark.parametrize("coding", ["br", "x"])
 def test_an_error_in_a_coding_nobody_asked_for_is_still_that_error(upstream, transport, coding):
     response = begin(transport, upstream(whole(429, b"?", headers=[("content-encoding", coding)])).url)

@@ -16,7 +16,6 @@ from fakes import (
     error_event,
     event,
     events,
-    gzipped,
     head_only,
     message_events,
     message_json,
@@ -85,21 +84,12 @@ def test_a_client_that_wants_no_stream_gets_the_one_message_as_json(upstream, pr
     assert one.outcomes() == [["success"]]
 
 
-def test_the_upstream_is_asked_for_a_stream_and_the_rest_of_the_body_is_untouched(upstream, proxy):
+@pytest.mark.parametrize("stream", ["", ',"stream": false', ',"stream":null'])
+def test_the_upstream_is_asked_for_a_stream_and_the_rest_of_the_body_is_untouched(upstream, proxy, stream):
     a = upstream()
-    question = b'{"model":"m" ,"messages":[ ], "x":1.10,"y":1e400}'
-    assert proxy(a).ask(question=question).status == 200
+    question = '{"model":"m" ,"messages":[ ], "x":1.10,"y":1e400' + stream + "}"
+    assert proxy(a).ask(question=question.encode()).header("content-type") == "application/json"
     assert a.seen[0].body == b'{"model":"m","messages":[ ],"x":1.10,"y":1e400,"stream":true}'
-    assert a.seen[0].json()["stream"] is True
-
-
-@pytest.mark.parametrize("stream", [b"false", b"null"])
-def test_a_stream_member_that_says_no_is_replaced(upstream, proxy, stream):
-    a = upstream()
-    question = b'{"stream": ' + stream + b',"model":"m","messages":[]}'
-    given = proxy(a).ask(question=question)
-    assert given.header("content-type") == "application/json"
-    assert a.seen[0].json()["stream"] is True
 
 
 def test_a_client_that_wants_a_stream_gets_the_upstream_s_as_it_is(upstream, proxy):
@@ -124,19 +114,6 @@ def test_the_answer_s_other_headers_come_back(upstream, proxy):
             ("x-aiproxy-attempts", "1"),
         ]
     )
-
-
-def test_a_model_is_mapped_here_too(upstream, proxy):
-    a = upstream(answer(model=None))
-    one = proxy({"base_url": a, "must_stream": True, "model_mappings": {"claude-x": "theirs-1"}})
-    assert one.ask().json()["model"] == "theirs-1"
-    assert a.seen[0].json()["model"] == "theirs-1"
-
-
-def test_a_stream_compressed_unasked_is_read_all_the_same(upstream, proxy):
-    given = proxy(upstream(gzipped(EVENTS, "text/event-stream"))).ask()
-    assert given.json() == json.loads(MESSAGE)
-    assert given.header("content-encoding") is None
 
 
 @pytest.mark.parametrize("ending", [b"\n", b"\r\n", b"\r"])
@@ -231,27 +208,6 @@ def test_an_error_event_wherever_it_comes_has_the_status_of_its_type(upstream, p
     assert one.outcomes() == [["ignored" if status in (400, 529) else "failure"]]
 
 
-def test_an_error_event_with_a_retry_after_is_a_backoff(upstream, proxy):
-    clock = Clock()
-    reply = events([*EVENTS[:5], error_event()], headers=[("retry-after", "20")])
-    one = proxy({"base_url": upstream(reply), "weight": 9, "must_stream": True}, upstream(), clock=clock)
-    assert one.ask().upstream == "b"
-    clock.now += 19.9
-    assert one.ask().upstream == "b"
-    clock.now += 0.1
-    assert one.ask().upstream == "a"
-
-
-def test_a_bug_of_ours_is_a_500_that_nobody_is_charged_for(upstream, proxy, monkeypatch):
-    a, b = upstream(), upstream()
-    one = proxy(a, b)
-    monkeypatch.setattr("aiproxy.proxy.attempt.Accumulator.feed", lambda *_: 1 / 0)
-    given = one.ask()
-    assert (given.status, given.json()["error"]["type"]) == (500, "api_error")
-    assert one.outcomes() == [["ignored"], []]
-    a.wait_left()
-
-
 # -------------------------------------------------------------------------------------------- timeouts
 
 
@@ -332,14 +288,6 @@ def test_a_connection_is_not_used_again_after_an_error_event(upstream, proxy):
     one = proxy(a)
     assert [one.ask().status, one.ask().status] == [529, 200]
     assert a.connections == 2
-
-
-def test_a_stale_connection_costs_nothing_here_either(upstream, proxy):
-    a = upstream(answer(), close_now())
-    one = proxy(a)
-    assert [one.ask().status, one.ask().status] == [200, 200]
-    assert [request.connection for request in a.seen] == [1, 1, 2]
-    assert one.outcomes() == [["success", "success"]]
 
 
 def test_a_good_trial_closes_the_circuit_only_when_the_message_is_whole(upstream, proxy):

@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 
 import pytest
-import requests
 import yaml
 from conftest import ROOT, Served
 from fakes import HOST, Ended, FakeUpstream, RawClient, answer, error, free_port
@@ -213,14 +212,6 @@ def test_an_upload_of_40_mb_sees_the_413_and_is_not_kept(proxy, client, a, head,
     assert_ours(client.read(), 413, "request_too_large")
     assert memory_of(proxy, "VmHWM")[1] - used < 16
     assert_still_works(client)
-
-
-@pytest.mark.parametrize("chunked", [False, True])
-def test_ordinary_clients_see_the_413_of_a_large_upload(proxy, chunked):
-    pieces = (b"x" * 65536 for _ in range(20 * MB // 65536))
-    data = pieces if chunked else b"".join(pieces)
-    response = requests.post(f"{proxy.url}/v1/messages", data=data, timeout=10)
-    assert (response.status_code, response.json()["error"]["type"]) == (413, "request_too_large")
 
 
 def test_expect_100_continue_is_answered_and_goes_no_further(client, a):

@@ -12,8 +12,8 @@ import time
 import zlib
 
 import pytest
-from fakes import RawClient, answer, error, error_event, events, gzipped, message_events
-from in_process import MB, MESSAGE, QUESTION, Proxy
+from fakes import RawClient, error_event, events, gzipped, message_events
+from in_process import MB, QUESTION, Proxy
 
 EVENTS = message_events(["Hel", "lo ", "\N{GRINNING FACE}\u2028 event: message_stop"])
 WHOLE = b"".join(EVENTS)
@@ -158,15 +158,6 @@ def test_a_compressed_stream_that_is_cut_or_turns_to_rubbish_is_a_break(upstream
 # ------------------------------------------------------------------------------------ the commit point
 
 
-def test_held_events_come_first_and_each_once(upstream, proxy):
-    gate = threading.Event()
-    a = upstream(events([START, PING, BLOCK, gate, *EVENTS[3:]]))
-    given = proxy(a).begin(stream=True)
-    assert [given.next(), given.next(), given.next()] == [START, PING, BLOCK]
-    gate.set()
-    assert given.read().body == WHOLE
-
-
 @pytest.mark.parametrize(
     "first",
     [
@@ -184,15 +175,9 @@ def test_the_first_content_commits(upstream, proxy, first):
     one = proxy(a, b, first_byte=0.3)
     given = one.begin(stream=True)
     assert (given.status, given.upstream) == (200, "a")
+    assert [given.next() for _ in first] == first  # what was held comes first
     gate.set()
     assert given.read().body.startswith(b"".join(first))
-
-
-@pytest.mark.parametrize("first", [[START], [PING, START], [START, PING, PING], [b": note\n\n" * 3, PING]])
-def test_message_start_pings_and_comments_do_not_commit(upstream, proxy, first):
-    a, b = upstream(events(first, then="cut")), upstream(events(EVENTS))
-    given = proxy(a, b).ask(stream=True)
-    assert (given.upstream, given.body) == ("b", WHOLE)  # nothing of the failed attempt reaches the client
 
 
 def test_after_the_commit_point_only_idle_bounds_a_stream(upstream, proxy):
@@ -237,24 +222,18 @@ def test_a_cut_stream_ends_in_an_error_event_wherever_it_is_cut(upstream, proxy,
         if then == "end":
             pieces, cut_at = [body[:place]], None
         replies.append(events(pieces, framing, then=then, cut_at=cut_at, torn=torn and bool(cut_at)))
-    one = proxy(upstream(*replies), failures=10**6)
+    a = upstream(*replies)
+    one = proxy(a, failures=10**6)
     for place in places:
         given = one.ask(stream=True)
         end = ends_of(body[:place])
         assert given.body[:end] == body[:end]
         told = error_in(given.body[end:])
         assert (told["type"], told["error"]["type"]) == ("error", "api_error")
+        assert told["request_id"].startswith("req_")
+        assert str(a.port).encode() not in given.body
         assert given.ending == "cut"
     assert one.outcomes() == [["failure"] * len(places)]
-
-
-@pytest.mark.parametrize("then", ["cut", "reset"])
-def test_a_break_is_told_with_our_request_id_and_no_address(upstream, proxy, then):
-    a = upstream(events(EVENTS[:5], then=then))
-    given = proxy(a).ask(stream=True)
-    assert error_in(given.body)["request_id"].startswith("req_")
-    assert str(a.port).encode() not in given.body
-    assert given.ending == "cut"
 
 
 @pytest.mark.parametrize("framing", FRAMINGS)
@@ -267,9 +246,16 @@ def test_a_clean_end_without_a_whole_message_stop_is_a_break(upstream, proxy, fr
     assert one.outcomes() == [["failure"] * 2]
 
 
-@pytest.mark.parametrize("framing", FRAMINGS)
-def test_silence_after_the_commit_point_ends_in_a_timeout_error(upstream, proxy, framing):
-    a, b = upstream(events(EVENTS[:4], framing, then="hang")), upstream()
+@pytest.mark.parametrize(
+    "reply",
+    [
+        *(events(EVENTS[:4], framing, then="hang") for framing in FRAMINGS),
+        events([*EVENTS[:4], *(DELTA[n : n + 1] for n in range(len(DELTA) - 2)), 9.0], gap=0.01),
+    ],
+    ids=[*FRAMINGS, "a trickle that completes no event"],
+)
+def test_silence_after_the_commit_point_ends_in_a_timeout_error(upstream, proxy, reply):
+    a, b = upstream(reply), upstream()
     one = proxy(a, b, idle=0.2)
     given = one.ask(stream=True)
     assert given.body.startswith(b"".join(EVENTS[:4]))
@@ -284,27 +270,13 @@ def test_each_piece_starts_the_idle_time_anew(upstream, proxy):
     assert one.ask(stream=True).ending == "end"
 
 
-def test_a_trickle_that_completes_no_event_does_not_prolong_the_silence(upstream, proxy):
-    slow = b"event: content_block_delta\ndata: " + b"x" * 500
-    reply = events([*EVENTS[:3], *(slow[n : n + 1] for n in range(len(slow)))], gap=0.01, then="cut")
-    one = proxy(upstream(reply), idle=0.3)
-    began = time.monotonic()
-    given = one.ask(stream=True)
-    assert time.monotonic() - began < 2
-    assert b"timeout_error" in given.body
-    assert one.outcomes() == [["failure"]]
-
-
-@pytest.mark.parametrize("then", ["end", "cut", "hang"])
-@pytest.mark.parametrize("ending", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize(("then", "ending"), [("end", "\n"), ("cut", "\r\n"), ("hang", "\r")])
 def test_an_error_event_of_the_upstream_is_relayed_as_it_is_and_breaks_the_connection(
     upstream, proxy, then, ending
 ):
     event = error_event("api_error").replace(b"\n", ending.encode())
     one = proxy(upstream(events([*EVENTS[:4], event], then=then)), upstream())
-    began = time.monotonic()
     given = one.ask(stream=True)
-    assert time.monotonic() - began < 2
     assert (given.body, given.ending) == (b"".join(EVENTS[:4]) + event, "cut")
     assert one.outcomes() == [["failure"], []]
 
@@ -487,18 +459,3 @@ def test_a_client_that_does_not_close_after_a_break_holds_up_nobody(upstream, wi
         began.append(time.monotonic())
     assert max(after - before for before, after in itertools.pairwise(began)) < 1.7
     assert "Traceback" not in served.stderr + "\n".join(served.stdout_lines())
-
-
-def test_streams_and_whole_answers_and_errors_take_turns_on_one_connection(upstream, wire):
-    a = upstream(answer(), answer(), error(400), events([START, error_event()]), answer())
-    _, ask = wire(a, breaker={"failures": 99})
-    client = ask()
-    got = [client.read()]
-    for question in (QUESTION, STREAMED, STREAMED, STREAMED):
-        client.post(question)
-        got.append(client.read())
-    assert [one.status for one in got] == [200, 200, 400, 529, 200]
-    assert [one.ending for one in got] == ["end"] * 5
-    assert (got[1].body, got[4].body) == (MESSAGE, got[0].body)
-    assert (got[3].reason, got[3].header("content-type")) == ("Overloaded", "application/json")
-    assert got[3].json()["error"]["type"] == "overloaded_error"

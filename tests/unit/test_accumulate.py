@@ -327,63 +327,38 @@ def test_unknown_blocks_and_members_keep_their_bytes() -> None:
     assert b'{"\\ud800":1e400,"type":"text","text":"b"}' in written(grows, typed("b"))
 
 
-def test_a_delta_that_is_unknown_or_does_not_fit_is_ignored() -> None:
-    deltas: list[tuple[str | None, dict[str, Any]]] = [
-        ("text_delta", {"text": "x"}),
-        ("thinking_delta", {"thinking": "x"}),
-        ("signature_delta", {"signature": "x"}),
-        ("citations_delta", {"citation": {}}),
-        ("compaction_delta", {"content": "x"}),
-        ("input_json_delta", {"partial_json": "{oops"}),
-        ("sound_delta", {"sound": "x"}),
-        (None, {}),
-    ]
-    fits = {
-        "text": ("text_delta", "citations_delta"),
-        "thinking": ("thinking_delta", "signature_delta"),
-        "tool_use": ("input_json_delta",),
-        "compaction": ("compaction_delta",),
-    }
-    for kind in [*fits, "redacted_thinking", "hologram"]:
-        block: dict[str, Any] = {
-            "type": kind,
-            "text": "",
-            "thinking": "",
-            "signature": "",
-            "input": {},
-            "content": None,
-        }
-        misfits = [
-            event("content_block_delta", index=0, delta={"type": name, **fields})
-            for name, fields in deltas
-            if name not in fits.get(kind, ())
-        ]
-        assert content(started(0, block), *misfits, stopped(0)) == [block]
+FITS = {
+    "text": {"text_delta", "citations_delta"},
+    "thinking": {"thinking_delta", "signature_delta"},
+    "tool_use": {"input_json_delta"},
+    "compaction": {"compaction_delta"},
+}
+
+
+@pytest.mark.parametrize("kind", [*FITS, "redacted_thinking", "hologram"])
+def test_a_delta_that_is_unknown_or_does_not_fit_is_ignored(kind: str) -> None:
+    strings = dict.fromkeys(["text", "thinking", "signature", "content", "partial_json"], "{oops")
+    names = {"sound_delta", *set().union(*FITS.values())} - FITS.get(kind, set())
+    misfits = [delta(0, name, citation={}, **strings) for name in sorted(names)]
+    nameless = event("content_block_delta", index=0, delta={"type": None})
+    block = {"type": kind, "text": "", "thinking": "", "signature": "", "input": {}, "content": None}
+    assert content(started(0, block), *misfits, nameless, stopped(0)) == [block]
 
 
 def test_blocks_stand_where_their_index_says() -> None:
-    middle = [
-        started(10, {"type": "text", "text": "d"}),
-        started(2, {"type": "text", "text": "c"}),
-        started(0, {"type": "text", "text": "a"}),
+    starts = [started(index, {"type": "text", "text": str(index)}) for index in (10, 2, 0, 1)]
+    grown = [
         delta(2, "text_delta", text="C"),
-        started(1, {"type": "text", "text": "b"}),
         delta(0, "text_delta", text="A"),
         delta(10, "text_delta", text="D"),
     ]
-    assert [block["text"] for block in content(*middle)] == ["aA", "b", "cC", "dD"]
+    assert [block["text"] for block in content(*starts, *grown)] == ["0A", "1", "2C", "10D"]
 
 
 def test_content_that_came_with_message_start_stays_in_front() -> None:
     start = event("message_start", message={**MESSAGE, "content": [{"n": 1}, {"n": 2}]})
     message = collected([start, started(2, TEXT), STOP]).message()
     assert json.loads(message)["content"] == [{"n": 1}, {"n": 2}, TEXT]
-
-
-def test_content_is_made_where_message_start_has_none() -> None:
-    start = event("message_start", message={"id": "m"})
-    message = collected([start, started(0, TEXT), STOP]).message()
-    assert json.loads(message) == {"id": "m", "content": [TEXT]}
 
 
 # message_delta

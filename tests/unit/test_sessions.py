@@ -1,6 +1,5 @@
 """Sessions and their upstreams: what names one, and in which order it prefers them."""
 
-import itertools
 import json
 import random
 import uuid
@@ -159,10 +158,6 @@ def test_a_request_that_uses_no_cache_control_goes_anywhere(extra, separators):
         assert key(json.dumps(asked, separators=separators).encode(), setting=setting) is None
 
 
-def test_none_switches_it_off():
-    assert key(request_of(SESSION), setting="none") is None
-
-
 # ------------------------------------------------------------------------------------------- `prefix`
 
 
@@ -276,21 +271,10 @@ def test_those_of_one_upstream_have_their_second_choice_by_weight_too():
     assert 2.6 < seconds["b"] / seconds["c"] < 3.4
 
 
-def test_an_upstream_more_takes_its_share_and_moves_no_other_session():
+def test_an_upstream_more_in_another_order_takes_its_share_and_moves_no_other_session():
     for session in sessions(500):
-        before, after = ranking(session), ranking(session, {**WEIGHTS, "d": 4})
+        before, after = ranking(session), ranking(session, {"d": 4, **dict(reversed(WEIGHTS.items()))})
         assert [name for name in after if name != "d"] == before
-
-
-def test_the_order_in_the_configuration_is_irrelevant():
-    for session in sessions(50):
-        orders = {tuple(ranking(session, dict(order))) for order in itertools.permutations(WEIGHTS.items())}
-        assert len(orders) == 1
-
-
-def test_equal_weights_of_any_size_are_the_same():
-    for session in sessions(50):
-        assert ranking(session, dict.fromkeys("abc", 1)) == ranking(session, dict.fromkeys("abc", 1000))
 
 
 def test_the_ranking_is_the_same_in_every_process_and_version():
