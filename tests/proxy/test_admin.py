@@ -14,11 +14,7 @@ from aiproxy.app import create_app
 from aiproxy.config import ClientKey, Config, UpstreamSettings
 
 ASK = {"model": "claude-x", "messages": [{"role": "user", "content": "Hi"}]}
-
-
 SPOKEN = message_events(["one", "two"])
-
-
 STREAMS = 248
 
 

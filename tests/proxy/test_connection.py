@@ -12,11 +12,7 @@ from aiproxy.transport.failures import TransportError
 from aiproxy.transport.session import Outgoing
 
 MESSAGE = message_json()
-
-
 BODY = b'{"model":"claude-x"}'
-
-
 LARGE = b"x" * 8 * 1024 * 1024
 
 

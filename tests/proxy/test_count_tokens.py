@@ -11,11 +11,7 @@ from aiproxy.app import create_app
 from aiproxy.config import Config, LoggingSettings, UpstreamSettings
 
 PATH = "/v1/messages/count_tokens"
-
-
 COUNT = b'{ "input_tokens" : 14, "new":1.10}'
-
-
 MANY = 10**9  # a weight that is always asked first
 
 
@@ -62,7 +58,6 @@ def asked(*fakes):
 
 
 NOT_JSON = whole(404, b"<h1>Not Found</h1>", content_type="text/html")
-
 
 LACKING = {
     "404 of a web server": NOT_JSON,

@@ -13,8 +13,6 @@ from aiproxy.config import Config, UpstreamSettings
 from aiproxy.transport import demo
 
 ASK = {"model": "claude-opus-4-8", "max_tokens": 100, "messages": [{"role": "user", "content": "Hi"}]}
-
-
 OURS = ("id",)  # made anew for each answer
 
 

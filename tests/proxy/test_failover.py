@@ -868,7 +868,6 @@ def test_an_error_body_of_another_shape_comes_back_as_it_is(upstream, proxy, bod
 
 ERROR_BODY = b'{"type":"error","error":{"type":"api_error","message":"the upstream\'s"}}'
 
-
 INCOMPLETE = {
     "stalls": lambda status: whole(status, ERROR_BODY, then="hang", cut_at=20),
     "stalls at once": lambda status: whole(status, ERROR_BODY, then="hang", cut_at=0),

@@ -39,23 +39,15 @@ from aiproxy.observability import logs
 from aiproxy.observability.redaction import Redactor
 
 TOKEN = "Tk7/upstream+token=of&a<that>nobody-may-see"  # in no usual form, and full of what JSON may escape
-
-
 KEY = "client_key_that_nobody_else_may_see"
-
-
 BEARER = "client.bearer~token/that+nobody=may-see"
-
-
 TOKENS = {"input_tokens": 1200, "output_tokens": 34, "cache_read_tokens": 56000, "cache_write_tokens": 789}
 TOLD = {name: str(count) for name, count in TOKENS.items()}
 USAGE = {
     name.replace("read", "read_input").replace("write", "creation_input"): n for name, n in TOKENS.items()
 }
 
-
 FIELD = r'([a-z_]+)=([A-Za-z0-9_./:@+-]+|"(?:[^"\\]|\\.)*")'
-
 
 LINE = re.compile(
     rf"(\d{{4}}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{{3}}Z) (DEBUG|INFO|WARNING|ERROR) ([a-z]+)((?: {FIELD})*)"
@@ -435,7 +427,6 @@ def test_lines_go_to_standard_output_whatever_its_encoding(monkeypatch, capsys):
 
 FORGED = "2026-11-22T00:00:00.000Z INFO done id=req_forged outcome=complete"
 
-
 NASTY = {
     "newline": f"a\n{FORGED}\n",
     "carriage return": f"a\r{FORGED}\r",
@@ -457,7 +448,6 @@ NASTY = {
     "empty": "",
     "emoji": "\U0001f600\u200d\U0001f525 größer 漢字",
 }
-
 
 JSON = LoggingSettings(format="json")
 

@@ -24,11 +24,7 @@ from aiproxy.server.request_body import RequestBody
 from aiproxy.transport.wait import Shutdown, Wait
 
 MB = 1024 * 1024
-
-
 LIMIT = MB
-
-
 FRAMINGS = ["length", "chunked"]
 
 

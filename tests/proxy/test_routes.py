@@ -5,6 +5,7 @@ port, on which each test starts a fake of its own. The rest is asked of the appl
 body may be is `tests/unit/test_body.py`'s, how it is read `test_request_body.py`'s.
 """
 
+import gzip
 import json
 import re
 import sys
@@ -22,20 +23,10 @@ from aiproxy.config import BreakerSettings, Config, UpstreamSettings
 from aiproxy.errors import ApiError
 
 MB = 1024 * 1024
-
-
 ASK = {"model": "claude-x", "max_tokens": 16, "messages": [{"role": "user", "content": "Hi"}]}
-
-
 SPELT = json.dumps(ASK).encode()
-
-
 HEAD = f"POST /v1/messages HTTP/1.1\r\nhost: {HOST}\r\n"
-
-
 CHUNKED = f"{HEAD}transfer-encoding: chunked\r\n\r\n".encode()
-
-
 WHOLE = f"{HEAD}content-length: {len(SPELT)}\r\n\r\n".encode() + SPELT
 
 
@@ -387,6 +378,15 @@ def test_a_connection_is_kept_or_closed_as_the_client_wants_it(client, a, versio
         assert_still_works(client)
     else:
         client.wait_closed()
+
+
+def test_the_upstream_gets_a_compressed_body_decoded(upstream):
+    fake = upstream()
+    headers = {"content-encoding": "gzip", "content-type": "application/json"}
+    assert (
+        in_process(fake).post("/v1/messages", data=gzip.compress(SPELT), headers=headers).status_code == 200
+    )
+    assert (fake.seen[0].body, fake.seen[0].header("content-encoding")) == (SPELT, None)
 
 
 # ------------------------------------------------------------------------------------- what a retry mends

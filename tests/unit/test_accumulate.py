@@ -23,19 +23,13 @@ USAGE = {
     "inference_geo": "eu",
 }
 
-
 MESSAGE: dict[str, Any] = {
     **{"id": "msg_1", "type": "message", "role": "assistant", "model": "claude-a", "content": []},
     **{"stop_reason": None, "stop_sequence": None, "usage": USAGE},
 }
 
-
 TEXT = {"type": "text", "text": ""}
-
-
 TOOL = {"type": "tool_use", "id": "toolu_1", "name": "search", "input": {}}
-
-
 THINKING = {"type": "thinking", "thinking": "", "signature": ""}
 
 
@@ -74,8 +68,6 @@ def spelt(piece: str, index: int = 0) -> Event:
 
 
 START = event("message_start", message=MESSAGE)
-
-
 STOP = event("message_stop")
 
 

@@ -9,7 +9,6 @@ from aiproxy.observability.redaction import Redactor
 
 TOKEN = "Tk7/upstream+token=of&a<that>nobody-may-see"  # in no usual form, and full of what JSON may escape
 
-
 SECRETS = {
     "usual form": "sk-ant-api03-abcdefghijklmnopqrstuvwxyz_0123456789-AA",
     "no form": "0123456789abcdef0123456789abcdef",

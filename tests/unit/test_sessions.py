@@ -15,14 +15,8 @@ from aiproxy.upstreams.breaker import Breaker
 from aiproxy.upstreams.upstream import Upstream
 
 SESSION = "6f9f2a4e-1c1b-4f0e-9d55-0a3f8f6f7a11"
-
-
 OTHER = "b7c1d2e3-aaaa-4bbb-8ccc-1234567890ab"
-
-
 EPHEMERAL = {"type": "ephemeral"}
-
-
 WEIGHTS = {"a": 5, "b": 3, "c": 2}
 
 
@@ -62,8 +56,6 @@ def named_by_user_id(user_id):
 
 
 IN_JSON = json.dumps({"device_id": "d" * 64, "account_uuid": "", "session_id": SESSION})
-
-
 IN_OLD_FORM = f"user_{'0' * 64}_account_{OTHER}_session_{SESSION}"
 
 
