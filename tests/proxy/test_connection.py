@@ -58,28 +58,24 @@ def test_the_headers_go_out_in_the_order_and_case_they_are_given_in(transport, u
     ]
 
 
-def test_no_content_encoding_is_asked_for_unless_the_headers_say_so(transport, upstream):
-    a = upstream()
-    ask(transport, a.url)
-    ask(transport, a.url, [("accept-encoding", "gzip")])
-    assert [request.every("accept-encoding") for request in a.seen] == [["identity"], ["gzip"]]
-
-
 @pytest.mark.parametrize(
     ("method", "body", "said"),
-    [("POST", BODY, [str(len(BODY))]), ("POST", b"", ["0"]), ("GET", b"", []), ("GET", BODY, ["20"])],
+    [
+        ("POST", BODY, str(len(BODY))),
+        ("POST", b"", "0"),
+        ("GET", b"", None),
+        ("GET", BODY, str(len(BODY))),
+        ("POST", LARGE[:65537], "65537"),
+        ("POST", LARGE, str(len(LARGE))),
+    ],
+    ids=["POST", "POST of nothing", "GET", "GET with a body", "64 KB and a byte", "8 MB"],
 )
-def test_the_length_of_a_body_is_said_where_one_is_expected(transport, upstream, method, body, said):
+def test_a_body_of_any_size_arrives_whole_and_its_length_is_said_where_one_is_expected(
+    transport, upstream, method, body, said
+):
     a = upstream()
     ask(transport, a.url, method=method, body=body)
-    assert (a.seen[0].every("content-length"), a.seen[0].body) == (said, body)
-
-
-@pytest.mark.parametrize("length", [0, 65536, 65537, len(LARGE)])
-def test_bodies_of_every_size_arrive_whole(transport, upstream, length):
-    a = upstream()
-    ask(transport, a.url, body=LARGE[:length])
-    assert a.seen[0].body == LARGE[:length]
+    assert (a.seen[0].header("content-length"), a.seen[0].body) == (said, body)
 
 
 @pytest.mark.parametrize(
@@ -167,13 +163,6 @@ def test_a_connection_whose_framing_is_doubtful_or_that_ends_is_not_used_again(t
     assert a.connections == 2
 
 
-def test_lengths_that_contradict_each_other_are_no_answer(transport, upstream):
-    head = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\ncontent-length: 3\r\n\r\n{}"
-    with pytest.raises(TransportError) as failed:
-        ask(transport, upstream(raw(head)).url)
-    assert failed.value.fault is Fault.BROKEN
-
-
 def test_answers_without_a_body_leave_the_connection_as_it_is(transport, upstream):
     a = upstream(raw(b"HTTP/1.1 204 No Content\r\n\r\n", "keep"), whole(304, b""))
     assert [ask(transport, a.url) for _ in range(3)] == [b"", b"", MESSAGE]
@@ -225,7 +214,9 @@ def test_bytes_behind_the_end_of_an_answer_never_reach_the_next_request(
 # ------------------------------------------------------------------------------------------- how it is framed
 
 
-@pytest.mark.parametrize("length", ["abc", "-5", "+5", "0x10", "5 5", "5, 6", "5\r\n 6", "", "9" * 5000])
+@pytest.mark.parametrize(
+    "length", ["abc", "-5", "+5", "0x10", "5, 6", "5\r\n 6", "", "9" * 5000, "2\r\ncontent-length: 3"]
+)
 def test_a_length_that_is_none_ends_the_call_at_once(upstream, transport, length):
     head = f"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: {length}\r\n\r\n"
     with pytest.raises(TransportError) as failed:
@@ -267,7 +258,7 @@ def test_what_is_there_of_a_chunk_goes_on_before_the_rest_is_there(upstream, tra
     response.close()
 
 
-@pytest.mark.parametrize("rest", [b"", b"oth", b"other", b"other\r\n", b"other\r\n0"])
+@pytest.mark.parametrize("rest", [b"", b"oth", b"other\r\n0"])
 def test_what_came_of_a_chunked_body_that_is_cut_short_is_not_lost(upstream, transport, rest):
     gate = threading.Event()
     gate.set()
@@ -299,13 +290,7 @@ def test_what_is_no_chunk_ends_the_call(upstream, transport, size):
         ask(transport, upstream(raw(CHUNKED + size + b"\r\nfirst\r\n0\r\n\r\n", "hang")).url)
 
 
-def test_an_answer_without_a_body_is_not_waited_for(upstream, transport):
-    response = begin(transport, upstream(raw(CHUNKED.replace(b"200 OK", b"204 No Content"), "hang")).url)
-    assert list(response.pieces()) == []
-    response.close()
-
-
-@pytest.mark.parametrize("coding", ["br", "zstd", "x"])
+@pytest.mark.parametrize("coding", ["br", "x"])
 def test_an_error_in_a_coding_nobody_asked_for_is_still_that_error(upstream, transport, coding):
     response = begin(transport, upstream(whole(429, b"?", headers=[("content-encoding", coding)])).url)
     assert (response.status, b"".join(response.pieces())) == (429, b"?")

@@ -1,10 +1,11 @@
 """HTTP in, HTTP out: what is refused, how, and that the connection survives it.
 
-One gunicorn with a limit of 1 MB serves the tests that need one; its upstream has a fixed port, on which
-each test starts a fake of its own. What gunicorn cannot show is asked of the application in process.
+One gunicorn with a limit of 1 MB serves the tests that need the client's wire; its upstream has a fixed
+port, on which each test starts a fake of its own. The rest is asked of the application in process. What a
+body may be is `tests/unit/test_body.py`'s, how it is read `test_request_body.py`'s.
 """
 
-import http.client
+import gzip
 import json
 import re
 import sys
@@ -13,26 +14,13 @@ import time
 from pathlib import Path
 
 import pytest
-import requests
 import yaml
 from conftest import ROOT, Served
-from fakes import (
-    HOST,
-    Ended,
-    FakeUpstream,
-    RawClient,
-    answer,
-    error,
-    events,
-    free_port,
-    message_events,
-    whole,
-)
+from fakes import HOST, Ended, FakeUpstream, RawClient, answer, error, free_port
 
 from aiproxy.app import create_app
 from aiproxy.config import BreakerSettings, Config, UpstreamSettings
 from aiproxy.errors import ApiError
-from aiproxy.server import request_body as upload
 
 MB = 1024 * 1024
 ASK = {"model": "claude-x", "max_tokens": 16, "messages": [{"role": "user", "content": "Hi"}]}
@@ -75,10 +63,10 @@ def client(proxy):
         yield client
 
 
-def in_process(upstream, clock=time.monotonic, **settings):
+def in_process(upstream, clock=time.monotonic, models=(), **settings):
     """The application as gunicorn would load it, asked without a server."""
     base_url = upstream if isinstance(upstream, str) else upstream.url
-    one = UpstreamSettings(name="a", base_url=base_url, token="sk-test-a")
+    one = UpstreamSettings(name="a", base_url=base_url, token="sk-test-a", available_models=frozenset(models))
     return create_app(Config(upstreams=(one,), **settings), clock).test_client()
 
 
@@ -111,17 +99,16 @@ def assert_still_works(client):
     [
         ("POST", "/v1/complete"),
         ("POST", "/v1/messages/"),
-        ("POST", "/v1/messages/batches"),
-        ("DELETE", "/v1/messages/batches/msgbatch_1"),
-        ("OPTIONS", "*"),
+        ("POST", "/v1//messages"),
         ("POST", "/v1/./messages"),
         ("POST", "/v1/Messages"),
-        ("GET", "/static/x"),
+        ("DELETE", "/v1/messages/batches/msgbatch_1"),
+        ("OPTIONS", "*"),
         ("GET", "/v1/%ff%fe%00%0d%0a%e2%80%a8"),
         ("GET", "/" + "long/" * 600),
     ],
 )
-def test_unknown_paths_are_not_found(client, a, method, target):
+def test_unknown_paths_are_not_found_nor_redirected(client, a, method, target):
     client.request(method, target)
     answer = client.read()
     assert_ours(answer, 404, "not_found_error")
@@ -130,14 +117,7 @@ def test_unknown_paths_are_not_found(client, a, method, target):
     assert len(a.seen) == 1
 
 
-@pytest.mark.parametrize("target", ["/v1//messages", "/v1/messages//"])
-def test_doubled_slashes_are_no_redirect(client, target):
-    client.post(SPELT, target)
-    answer = client.read()
-    assert_ours(answer, 404, "not_found_error")
-
-
-@pytest.mark.parametrize("method", ["GET", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "FROBNICATE"])
+@pytest.mark.parametrize("method", ["GET", "PUT", "OPTIONS", "TRACE", "FROBNICATE"])
 def test_wrong_methods_are_told_the_right_one(client, a, method):
     client.request(method, "/v1/messages?beta=true")
     answer = client.read()
@@ -203,88 +183,26 @@ def memory_of(proxy, field):
     return worker, int(re.search(rf"{field}:\s+(\d+) kB", status)[1]) / 1024
 
 
-@pytest.mark.parametrize("chunked", [False, True])
-def test_a_slow_upload_of_40_mb_sees_the_413_and_is_not_kept(proxy, client, a, chunked):
+@pytest.mark.parametrize(
+    ("head", "piece", "end"),
+    [
+        (f"{HEAD}content-length: {40 * MB}\r\n\r\n".encode(), b"x" * MB, b""),
+        (CHUNKED, b"%x\r\n%b\r\n" % (MB, b"x" * MB), b"0\r\n\r\n"),
+        (CHUNKED + b"%x\r\n" % (40 * MB), b"x" * MB, b"\r\n0\r\n\r\n"),
+    ],
+    ids=["length", "chunks", "one chunk"],
+)
+def test_an_upload_of_40_mb_sees_the_413_and_is_not_kept(proxy, client, a, head, piece, end):
     assert_still_works(client)
-    worker, before = memory_of(proxy, "VmRSS")
+    worker, used = memory_of(proxy, "VmRSS")
     Path(f"/proc/{worker}/clear_refs").write_text("5")  # the peak begins anew
-    client.send(CHUNKED if chunked else f"{HEAD}content-length: {40 * MB}\r\n\r\n".encode())
-    piece = b"x" * MB
+    client.send(head)
     for _ in range(40):
-        client.send(b"%x\r\n%b\r\n" % (len(piece), piece) if chunked else piece)
-        time.sleep(0.001)
-    client.send(b"0\r\n\r\n" if chunked else b"")
+        client.send(piece)
+    client.send(end)
     assert_ours(client.read(), 413, "request_too_large")
-    assert memory_of(proxy, "VmHWM")[1] - before < 16
+    assert memory_of(proxy, "VmHWM")[1] - used < 16
     assert_still_works(client)
-
-
-def test_a_chunk_of_40_mb_is_not_kept_either(proxy, client, a):
-    assert_still_works(client)
-    worker, before = memory_of(proxy, "VmRSS")
-    Path(f"/proc/{worker}/clear_refs").write_text("5")
-    client.send(CHUNKED)
-    client.send(b"%x\r\n" % (40 * MB))
-    for _ in range(40):
-        client.send(b"x" * MB)
-    client.send(b"\r\n0\r\n\r\n")
-    assert_ours(client.read(), 413, "request_too_large")
-    assert memory_of(proxy, "VmHWM")[1] - before < 16
-
-
-@pytest.mark.parametrize("chunked", [False, True])
-def test_ordinary_clients_see_the_413_of_a_large_upload(proxy, chunked):
-    pieces = (b"x" * 65536 for _ in range(20 * MB // 65536))
-    data = pieces if chunked else b"".join(pieces)
-    with requests.Session() as session:
-        response = session.post(f"{proxy.url}/v1/messages", data=data, timeout=10)
-    assert (response.status_code, response.json()["error"]["type"]) == (413, "request_too_large")
-    connection = http.client.HTTPConnection(HOST, proxy.port, timeout=10)
-    connection.request("POST", "/v1/messages", iter([b"x" * MB] * 20), encode_chunked=True)
-    answer = connection.getresponse()
-    assert (answer.status, json.load(answer)["error"]["type"]) == (413, "request_too_large")
-    connection.close()
-
-
-class RequestBody:
-    """A `wsgi.input` of so many bytes, that counts what is asked of it."""
-
-    def __init__(self, size, pause=0.0):
-        self.left = size
-        self.read_so_far = 0
-        self.largest = 0
-        self._pause = pause
-
-    def read(self, size):
-        time.sleep(self._pause)
-        self.largest = max(self.largest, size)
-        size = min(size, self.left)
-        self.left -= size
-        self.read_so_far += size
-        return bytes(size)
-
-
-@pytest.mark.parametrize("target", ["/v1/messages", "/v1/files"])
-def test_what_is_read_away_is_bounded_in_bytes(monkeypatch, target):
-    monkeypatch.setattr(upload, "DISCARD_BYTES", 8 * MB)
-    endless = RequestBody(10**12)
-    response = in_process("demo://answers", max_body_mb=1).post(
-        target, environ_overrides={"wsgi.input": endless, "CONTENT_LENGTH": str(10**12)}
-    )
-    assert response.status_code in (404, 413)
-    assert endless.read_so_far == 8 * MB
-    assert endless.largest <= MB
-
-
-def test_what_is_read_away_is_bounded_in_time(monkeypatch):
-    monkeypatch.setattr(upload, "DISCARD_SECONDS", 0.1)
-    endless = RequestBody(10**12, pause=0.02)
-    began = time.monotonic()
-    response = in_process("demo://answers").post(
-        "/v1/messages", environ_overrides={"wsgi.input": endless, "CONTENT_LENGTH": str(10**12)}
-    )
-    assert response.status_code == 413
-    assert time.monotonic() - began < 0.4
 
 
 def test_expect_100_continue_is_answered_and_goes_no_further(client, a):
@@ -299,44 +217,22 @@ def test_expect_100_continue_is_answered_and_goes_no_further(client, a):
     assert a.seen[0].header("expect") is None
 
 
-# --------------------------------------------------------------------------------------- bodies that break
+# ----------------------------------------------------------------------------------- bodies that are wrong
 
 
 @pytest.mark.parametrize(
     "sent",
     [
-        b"content-length: 100\r\n\r\n{}",
-        b"content-length: 100\r\n\r\n",
         b"content-length: 999\r\n\r\n" + SPELT,  # what came would be a good request by itself
-        b"transfer-encoding: chunked\r\n\r\n50\r\n{}",
-        b"transfer-encoding: chunked\r\n\r\n2\r\n{}\r\n",
         b"transfer-encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n",
         b"transfer-encoding: chunked\r\n\r\n",
+        b"transfer-encoding: chunked\r\n\r\nzz\r\nhello",
+        b"transfer-encoding: chunked\r\n\r\n2\r\n{}0\r\n\r\n",
+        b"transfer-encoding: chunked\r\n\r\n2\r\n{}\r\nxyz\r\n",
     ],
 )
-def test_a_body_that_breaks_off_is_refused_and_not_sent_on(client, a, sent):
+def test_a_body_that_breaks_off_or_is_badly_chunked_is_a_400_and_not_sent_on(client, a, sent):
     client.send(HEAD.encode() + sent)
-    client.half_close()
-    assert_ours(client.read(), 400, "invalid_request_error")
-    assert a.seen == []
-
-
-BAD_CHUNKS = {
-    "no number": b"zz\r\nhello",
-    "negative": b"-5\r\nhello\r\n0\r\n\r\n",
-    "empty size": b"\r\nhello\r\n0\r\n\r\n",
-    "no line end after a chunk": b"2\r\n{}0\r\n\r\n",
-    "line feed only": b"2\n{}\n0\n\n\r\n",
-    "hexadecimal prefix": b"0x2\r\n{}\r\n0\r\n\r\n",
-    "underscore": b"1_0\r\n{}\r\n0\r\n\r\n",
-    "bad trailer": b"2\r\n{}\r\n0\r\nno colon\r\n\r\n",
-    "bad after a good one": b"2\r\n{}\r\nxyz\r\n",
-}
-
-
-@pytest.mark.parametrize("chunks", BAD_CHUNKS.values(), ids=BAD_CHUNKS)
-def test_a_badly_chunked_body_is_a_bad_request(client, a, chunks):
-    client.send(CHUNKED + chunks)
     client.half_close()
     assert_ours(client.read(), 400, "invalid_request_error")
     assert a.seen == []
@@ -350,28 +246,6 @@ def test_after_a_badly_chunked_body_nothing_on_the_connection_is_a_request(clien
     assert a.seen == []
 
 
-@pytest.mark.parametrize(("target", "status"), [("/v1/files", 404), ("/v1/messages", 413)])
-def test_a_body_that_turns_bad_while_it_is_thrown_away_does_not_matter(client, target, status):
-    client.send(f"POST {target} HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n".encode())
-    client.send(b"%x\r\n" % (2 * MB) + b"x" * 2 * MB + b"\r\nzz\r\n")
-    answer = client.read()
-    assert answer.status == status
-    assert answer.json()["request_id"] == answer.header("request-id")
-
-
-def test_a_client_that_leaves_in_the_middle_of_its_upload_harms_nobody(proxy, a):
-    lines = len(proxy.stdout_lines())
-    for _ in range(3):
-        leaver = RawClient.to(proxy.url)
-        leaver.send(f"{HEAD}content-length: 900000\r\n\r\n".encode() + b"x" * 9000)
-        leaver.reset()
-    for _ in range(3):
-        proxy.wait_for_log("refused .*status=400", since=lines)
-    with RawClient.to(proxy.url) as client:
-        assert_still_works(client)
-    assert len(a.seen) == 1
-
-
 def test_well_chunked_bodies_with_extensions_and_trailers_are_served(client, a):
     chunks = b'%x;name="v"\r\n%b\r\n0\r\nx-trailer: 1\r\n\r\n' % (len(SPELT), SPELT)
     client.send(CHUNKED + chunks)
@@ -382,38 +256,9 @@ def test_well_chunked_bodies_with_extensions_and_trailers_are_served(client, a):
     assert_still_works(client)
 
 
-# ---------------------------------------------------------------------------------------- bad requests
-
-NOT_SERVED = {
-    "empty": b"",
-    "white space": b" \r\n ",
-    "list": b"[]",
-    "null": b"null",
-    "string": b'"model"',
-    "number": b"3",
-    "cut": SPELT[:-1],
-    "two": SPELT + SPELT,
-    "no model": b'{"messages":[]}',
-    "model null": b'{"model":null}',
-    "model number": b'{"model":3}',
-    "model empty": b'{"model":""}',
-    "model list": b'{"model":["claude-x"]}',
-    "stream text": b'{"model":"claude-x","stream":"true"}',
-    "stream number": b'{"model":"claude-x","stream":1}',
-    "UTF-16": json.dumps(ASK).encode("utf-16"),
-    "NaN": b'{"model":"claude-x","max_tokens":NaN}',
-    "single quotes": b"{'model':'claude-x'}",
-    "form": b"model=claude-x&max_tokens=16",
-    "gzip": b"\x1f\x8b\x08\x00\x00\x00\x00\x00",
-    "nested lists": b'{"model":"claude-x","messages":' + b"[" * 200_000 + b"]" * 200_000 + b"}",
-    "nested objects": b'{"model":"claude-x","x":' + b'{"a":' * 130_000 + b"1" + b"}" * 130_000 + b"}",
-    "nested without end": b'{"model":"claude-x","messages":' + b"[" * 200_000,
-    "nested from the top": b"[" * 200_000 + b"]" * 200_000,
-    "nested model": b'{"model":' + b"[" * 200_000 + b"]" * 200_000 + b"}",
-}
-
-
-@pytest.mark.parametrize("body", NOT_SERVED.values(), ids=NOT_SERVED)
+@pytest.mark.parametrize(
+    "body", [b"", b"[]", SPELT[:-1], b'{"messages":[]}', b'{"model":"claude-x","stream":1}']
+)
 def test_what_is_no_request_is_refused_and_not_sent_on(client, a, body):
     client.post(body)
     assert_ours(client.read(), 400, "invalid_request_error")
@@ -421,26 +266,10 @@ def test_what_is_no_request_is_refused_and_not_sent_on(client, a, body):
     assert_still_works(client)
 
 
-def test_a_deeply_nested_body_does_not_end_the_worker(proxy, client, a):
-    worker, _ = memory_of(proxy, "VmRSS")
-    for depth in (1_000, 10_000, 50_000, 200_000):
-        client.post(b'{"model":"claude-x","messages":' + b"[" * depth + b"]" * depth + b"}")
-        assert client.read().status in (200, 400)
-    assert memory_of(proxy, "VmRSS")[0] == worker
-
-
-def test_every_refusal_has_an_id_of_its_own(client):
-    ids = set()
-    for _ in range(5):
-        client.request("GET", "/v1/files")
-        ids.add(client.read().header("request-id"))
-    assert len(ids) == 5
-
-
 # ----------------------------------------------------------------------------------------------- bugs
 
 
-@pytest.mark.parametrize("place", ["body.read", "_request", "_log_request", "_check_key"])
+@pytest.mark.parametrize("place", ["body.read", "_request", "_check_key"])
 def test_a_bug_of_ours_is_a_500_without_details(monkeypatch, place):
     def bug(*args, **kwargs):
         raise KeyError("sk-secret /srv/aiproxy")
@@ -502,26 +331,20 @@ def test_a_bug_gives_the_place_in_flight_back(monkeypatch, place):
 # --------------------------------------------------------------------------------- odd, and yet served
 
 
-def test_obs_text_and_other_odd_header_values_reach_the_upstream_as_they_are(client, a):
+def test_odd_header_values_of_up_to_64_kb_reach_the_upstream_as_they_are(client, a):
     odd = [
         ("x-latin", "caf\xe9 \xff\x80"),
-        ("x-long", "v" * 8000),
+        ("x-long", "v" * 65_000),
         ("x-tab", "a\tb"),
         ("x-empty", ""),
         ("x-!#$%&'*+.^`|~", "odd name"),
         ("x-quoted", '"a, b"; c="\\""'),
+        *((f"x-number-{n}", str(n)) for n in range(80)),
     ]
     client.post(SPELT, headers=odd)
     assert client.read().status == 200
     for name, value in odd:
         assert a.seen[0].every(name) == [value], name
-
-
-def test_ninety_headers_reach_the_upstream(client, a):
-    many = [(f"x-number-{n}", str(n)) for n in range(90)]
-    client.post(SPELT, headers=many)
-    assert client.read().status == 200
-    assert {name.lower(): value for name, value in a.seen[0].headers}.items() >= dict(many).items()
 
 
 def test_a_repeated_header_reaches_the_upstream_joined(client, a):
@@ -539,89 +362,34 @@ def test_the_query_passes_as_it_is_and_cannot_change_the_path(client, a, query):
     assert a.seen[0].target == f"/v1/messages{query}"
 
 
-def test_a_whole_url_for_a_target_is_served(client, a):
-    client.post(SPELT, target="http://other.example:99/v1/messages?beta=true")
+@pytest.mark.parametrize(
+    ("version", "field", "is_kept"),
+    [
+        ("1.1", "", True),
+        ("1.1", "connection: close\r\n", False),
+        ("1.0", "", False),
+        ("1.0", "connection: keep-alive\r\n", True),
+    ],
+)
+def test_a_connection_is_kept_or_closed_as_the_client_wants_it(client, a, version, field, is_kept):
+    client.send(WHOLE.replace(b"HTTP/1.1\r\n", f"HTTP/{version}\r\n{field}".encode()))
     assert client.read().status == 200
-    assert a.seen[0].target == "/v1/messages?beta=true"
-
-
-def test_http_1_0_clients_get_whole_answers(proxy, a):
-    with RawClient.to(proxy.url) as client:
-        client.send(b"POST /v1/messages HTTP/1.0\r\ncontent-length: %d\r\n\r\n%b" % (len(SPELT), SPELT))
-        answer = client.read()
-        assert (answer.status, answer.ending) == (200, "end")
-        assert answer.json()["type"] == "message"
+    if is_kept:
+        assert_still_works(client)
+    else:
         client.wait_closed()
 
 
-def test_http_1_0_clients_get_streams_without_chunks(proxy, a):
-    spoken = message_events(["one ", "two "])
-    a.script(events(spoken))
-    body = json.dumps({**ASK, "stream": True}).encode()
-    with RawClient.to(proxy.url) as client:
-        client.send(b"POST /v1/messages HTTP/1.0\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))
-        answer = client.read()
-    assert (answer.status, answer.ending) == (200, "close")
-    assert answer.header("transfer-encoding") is None
-    assert answer.body == b"".join(spoken)
+def test_the_upstream_gets_a_compressed_body_decoded(upstream):
+    fake = upstream()
+    headers = {"content-encoding": "gzip", "content-type": "application/json"}
+    assert (
+        in_process(fake).post("/v1/messages", data=gzip.compress(SPELT), headers=headers).status_code == 200
+    )
+    assert (fake.seen[0].body, fake.seen[0].header("content-encoding")) == (SPELT, None)
 
 
-def test_pipelined_requests_are_answered_in_order(client, a):
-    for n in range(4):
-        a.script(whole(200, b'{"type":"message","number":%d}' % n))
-    wrong = b"GET /nowhere HTTP/1.1\r\nhost: x\r\n\r\n"
-    client.send(WHOLE + WHOLE + wrong + WHOLE + WHOLE)
-    answers = [client.read() for _ in range(5)]
-    assert [answer.status for answer in answers] == [200, 200, 404, 200, 200]
-    assert [answer.json()["number"] for answer in answers if answer.status == 200] == [0, 1, 2, 3]
-
-
-def test_a_request_that_comes_byte_by_byte_is_served(client, a):
-    for at in range(len(WHOLE)):
-        client.send(WHOLE[at : at + 1])
-    assert client.read().status == 200
-    assert a.seen[0].body == SPELT
-
-
-def test_connection_close_is_honoured(client, a):
-    client.post(SPELT, headers=[("connection", "close")])
-    answer = client.read()
-    assert answer.status == 200
-    assert answer.header("connection") == "close"
-    client.wait_closed()
-
-
-def test_both_framings_at_once_are_refused(client, a):
-    client.send(f"{HEAD}content-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n".encode() + WHOLE)
-    assert client.read().status == 400
-    client.wait_closed()
-    assert a.seen == []
-
-
-def test_many_refusals_on_one_connection_leave_it_usable(client, a):
-    for n in range(30):
-        if n % 3 == 0:
-            client.post(b"nonsense")
-        elif n % 3 == 1:
-            client.request("PUT", "/v1/messages", b"x" * 100_000)
-        else:
-            client.request("GET", f"/{n}")
-        assert client.read().status in (400, 404, 405)
-    assert_still_works(client)
-
-
-# Last, since it reads what all the others left.
-def test_none_of_this_was_a_bug_or_left_a_traceback(proxy):
-    told = [*proxy.stdout_lines(), *proxy.stderr.splitlines()]
-    assert [line for line in told if "Traceback" in line or " ERROR " in line or "[ERROR]" in line] == []
-
-
-def test_an_old_client_that_keeps_its_connection_is_answered_on_it_again(client, a):
-    head = HEAD.replace("HTTP/1.1", "HTTP/1.0") + "connection: keep-alive\r\n"
-    for _ in range(3):
-        client.send(f"{head}content-length: {len(SPELT)}\r\n\r\n".encode() + SPELT)
-        assert client.read().status == 200
-    assert len(a.seen) == 3
+# ------------------------------------------------------------------------------------- what a retry mends
 
 
 @pytest.mark.parametrize(("method", "path"), [("POST", "/v1/v1/messages"), ("GET", "/v1/v1/models")])
@@ -641,25 +409,20 @@ def test_our_own_errors_that_a_retry_cannot_mend_say_so(path, body, status):
     assert (response.status_code, response.headers["x-should-retry"]) == (status, "false")
 
 
-@pytest.mark.parametrize("status", [400, 401, 403, 404, 405, 413, 414, 415, 417, 422, 431])
-def test_a_retry_mends_no_other_4xx(status):
-    assert ApiError(status, "invalid_request_error", "x").headers == [("x-should-retry", "false")]
-
-
-@pytest.mark.parametrize("status", [408, 409, 429, 500, 501, 502, 503, 504, 529])
-def test_a_retry_may_mend_what_concerns_time_or_the_server(status):
-    assert ApiError(status, "api_error", "x").headers == []
+@pytest.mark.parametrize(
+    ("statuses", "headers"),
+    [
+        ((400, 401, 403, 404, 405, 413, 414, 415, 417, 422, 431), [("x-should-retry", "false")]),
+        ((408, 409, 429, 500, 501, 502, 503, 504, 529), []),
+    ],
+)
+def test_a_retry_may_mend_what_concerns_time_or_the_server_and_nothing_else(statuses, headers):
+    assert [ApiError(status, "api_error", "x").headers for status in statuses] == [headers] * len(statuses)
 
 
 def test_a_model_that_no_upstream_has_is_not_retried():
-    one = UpstreamSettings(
-        name="a", base_url="demo://answers", token="", available_models=frozenset({"claude-x"})
-    )
-    response = (
-        create_app(Config(upstreams=(one,)))
-        .test_client()
-        .post("/v1/messages", json={**ASK, "model": "claude-y"})
-    )
+    client = in_process("demo://answers", models=["claude-y"])
+    response = client.post("/v1/messages", json=ASK)
     assert (response.status_code, response.headers["x-should-retry"]) == (404, "false")
 
 
@@ -667,3 +430,9 @@ def test_our_own_errors_that_a_retry_may_mend_do_not():
     response = in_process(f"http://{HOST}:{free_port()}").post("/v1/messages", json=ASK)
     assert response.status_code == 502
     assert "x-should-retry" not in response.headers
+
+
+# Last, since it reads what all the others left.
+def test_none_of_this_was_a_bug_or_left_a_traceback(proxy):
+    told = [*proxy.stdout_lines(), *proxy.stderr.splitlines()]
+    assert [line for line in told if "Traceback" in line or " ERROR " in line or "[ERROR]" in line] == []

@@ -1,10 +1,9 @@
 """Streams after their commit point: what reaches the client, when, and how it ends.
 
-What is about pieces and verdicts runs in process (`Proxy` of `test_failover`); what is about the client's
-wire runs against a real gunicorn.
+What is about pieces and verdicts runs in process; what is about the client's wire runs against a real
+gunicorn.
 """
 
-import gzip
 import itertools
 import json
 import random
@@ -13,21 +12,10 @@ import time
 import zlib
 
 import pytest
-from fakes import (
-    Clock,
-    RawClient,
-    answer,
-    close_now,
-    error,
-    error_event,
-    event,
-    events,
-    gzipped,
-    message_events,
-)
-from in_process import MB, MESSAGE, QUESTION, Proxy
+from fakes import RawClient, error_event, events, gzipped, message_events
+from in_process import MB, QUESTION, Proxy
 
-EVENTS = message_events(["Hel", "lo ", "\N{GRINNING FACE}\u2028"])
+EVENTS = message_events(["Hel", "lo ", "\N{GRINNING FACE}\u2028 event: message_stop"])
 WHOLE = b"".join(EVENTS)
 START, PING, BLOCK, DELTA = EVENTS[:4]
 STOP = EVENTS[-1]
@@ -78,15 +66,16 @@ def error_in(data):
 # ------------------------------------------------------------------------------------ bytes as they come
 
 SPELLINGS = {
-    "api": WHOLE,
-    "crlf": WHOLE.replace(b"\n", b"\r\n"),
-    "cr": WHOLE.replace(b"\n", b"\r"),
-    "mixed": b"\xef\xbb\xbf: hello\r\n\n" + WHOLE.replace(b"\n\n", b"\r\n\n") + b"id: 7\nretry: 5\n\n",
-    "no_space": WHOLE.replace(b": {", b":{").replace(b"event: ", b"event:"),
-    "data_in_lines": WHOLE.replace(b'", "', b'",\ndata: "'),
-    "nameless_events": WHOLE.replace(STOP, b'data: {"type":"new"}\n\n: note\n\n' + STOP),
-    "after_the_stop": WHOLE + PING + b": bye\n\n",
-    "blank_lines": b"\n\n" + WHOLE.replace(b"\n\n", b"\n\n\n\n"),
+    "the API's": WHOLE,
+    "mixed line ends": b"\xef\xbb\xbf: hello\r\n\n"
+    + WHOLE.replace(b"\n\n", b"\r\n\n")
+    + b"id: 7\nretry: 5\n\n",
+    "carriage returns": WHOLE.replace(b"\n", b"\r"),
+    "no space after the colon": WHOLE.replace(b": {", b":{").replace(b"event: ", b"event:"),
+    "data in several lines": WHOLE.replace(b'", "', b'",\ndata: "'),
+    "events without a name": WHOLE.replace(STOP, b'data: {"type":"new"}\n\n: note\n\n' + STOP),
+    "more after the stop": WHOLE + PING + b": bye\n\n",
+    "blank lines": b"\n\n" + WHOLE.replace(b"\n\n", b"\n\n\n\n"),
 }
 
 
@@ -95,9 +84,9 @@ SPELLINGS = {
 def test_the_bytes_arrive_as_they_were_sent_however_they_are_cut(upstream, proxy, spelling, framing):
     body = SPELLINGS[spelling]
     dice = random.Random(f"{spelling} {framing}")
-    scripts = []
-    for _ in range(6):
-        cuts = sorted(dice.sample(range(1, len(body)), dice.choice([1, 5, 40])))
+    scripts = [[body[n : n + 1] for n in range(len(body))]]
+    for count in (1, 5, 40):
+        cuts = sorted(dice.sample(range(1, len(body)), count))
         scripts.append([body[a:b] for a, b in zip([0, *cuts], [*cuts, None], strict=True)])
     a = upstream(*(events(pieces, framing) for pieces in scripts))
     one = proxy(a)
@@ -105,25 +94,8 @@ def test_the_bytes_arrive_as_they_were_sent_however_they_are_cut(upstream, proxy
         given = one.ask(stream=True)
         assert (given.status, given.ending, given.body) == (200, "end", body), pieces
         assert all(piece.endswith((b"\n", b"\r")) for piece in given.pieces), pieces
-    assert one.outcomes() == [["success"] * 6]
-    if framing != "close":
-        assert a.connections == 1
-
-
-@pytest.mark.parametrize("framing", FRAMINGS)
-def test_byte_by_byte_is_event_by_event(upstream, proxy, framing):
-    a = upstream(events([WHOLE[n : n + 1] for n in range(len(WHOLE))], framing))
-    given = proxy(a).ask(stream=True)
-    assert given.body == WHOLE
-    assert all(piece.endswith(b"\n\n") for piece in given.pieces)
-
-
-@pytest.mark.parametrize("framing", FRAMINGS)
-def test_a_large_stream_arrives_whole(upstream, proxy, framing):
-    deltas = [DELTA.replace(b"Hel", b"x" * 300_000)] * 10
-    body = [START, BLOCK, *deltas, STOP]
-    given = proxy(upstream(events(body, framing))).ask(stream=True)
-    assert (given.body == b"".join(body), given.ending) == (True, "end")
+    assert one.outcomes() == [["success"] * 4]
+    assert framing == "close" or a.connections == 1
 
 
 def test_headers_of_a_stream_come_back_and_its_length_does_not(upstream, proxy):
@@ -163,30 +135,27 @@ def test_a_stream_that_is_compressed_unasked_is_relayed_in_clear_and_live(upstre
     assert one.outcomes() == [["success"]]
 
 
-def test_a_compressed_stream_that_is_cut_is_a_break(upstream, proxy):
-    one = proxy(upstream(gzipped(EVENTS[:5], "text/event-stream")))
-    given = one.ask(stream=True)
-    assert (given.ending, given.body.startswith(b"".join(EVENTS[:5]) + b"event: error\n")) == ("cut", True)
-    assert one.outcomes() == [["failure"]]
+def packed(data):
+    """The beginning of a gzip stream that spells this."""
+    packer = zlib.compressobj(wbits=31)
+    return packer.compress(data) + packer.flush(zlib.Z_SYNC_FLUSH)
 
 
-def test_a_compressed_stream_that_turns_to_rubbish_is_a_break(upstream, proxy):
-    packed = gzip.compress(b"".join(EVENTS[:5]))[:-8] + b"rubbish!" * 20
-    one = proxy(upstream(events([packed], headers=[("content-encoding", "gzip")])))
-    assert one.ask(stream=True).ending in ("cut", "end")
+@pytest.mark.parametrize(
+    "reply",
+    [
+        gzipped(EVENTS[:5], "text/event-stream"),
+        events([packed(b"".join(EVENTS[:5])), b"\xff" * 20], headers=[("content-encoding", "gzip")]),
+    ],
+    ids=["cut", "rubbish"],
+)
+def test_a_compressed_stream_that_is_cut_or_turns_to_rubbish_is_a_break(upstream, proxy, reply):
+    one = proxy(upstream(reply))
+    assert one.ask(stream=True).ending == "cut"
     assert one.outcomes() == [["failure"]]
 
 
 # ------------------------------------------------------------------------------------ the commit point
-
-
-def test_held_events_come_first_and_each_once(upstream, proxy):
-    gate = threading.Event()
-    a = upstream(events([START, PING, BLOCK, gate, *EVENTS[3:]]))
-    given = proxy(a).begin(stream=True)
-    assert [given.next(), given.next(), given.next()] == [START, PING, BLOCK]
-    gate.set()
-    assert given.read().body == WHOLE
 
 
 @pytest.mark.parametrize(
@@ -206,27 +175,14 @@ def test_the_first_content_commits(upstream, proxy, first):
     one = proxy(a, b, first_byte=0.3)
     given = one.begin(stream=True)
     assert (given.status, given.upstream) == (200, "a")
+    assert [given.next() for _ in first] == first  # what was held comes first
     gate.set()
     assert given.read().body.startswith(b"".join(first))
 
 
-@pytest.mark.parametrize(
-    "first", [[START], [PING], [START, PING], [PING, START], [PING, PING, PING], [b": note\n\n" * 3, PING]]
-)
-def test_message_start_pings_and_comments_do_not_commit(upstream, proxy, first):
-    a, b = upstream(events(first, then="cut")), upstream()
-    assert proxy(a, b).ask(stream=True).upstream == "b"
-
-
-def test_nothing_of_the_failed_attempt_reaches_the_client(upstream, proxy):
-    a = upstream(events([START.replace(b"msg_01Fake", b"msg_of_a"), PING], then="cut"))
-    given = proxy(a, upstream(events(EVENTS))).ask(stream=True)
-    assert given.body == WHOLE
-
-
 def test_after_the_commit_point_only_idle_bounds_a_stream(upstream, proxy):
-    a = upstream(events([*EVENTS[:3], 0.2, EVENTS[3], 0.2, *EVENTS[4:]]))
-    given = proxy(a, first_byte=0.3, answer=0.3).ask(stream=True)
+    a = upstream(events([*EVENTS[:3], 0.7, *EVENTS[3:]]))
+    given = proxy(a, first_byte=0.6, answer=0.6).ask(stream=True)
     assert (given.body, given.ending) == (WHOLE, "end")
 
 
@@ -266,64 +222,42 @@ def test_a_cut_stream_ends_in_an_error_event_wherever_it_is_cut(upstream, proxy,
         if then == "end":
             pieces, cut_at = [body[:place]], None
         replies.append(events(pieces, framing, then=then, cut_at=cut_at, torn=torn and bool(cut_at)))
-    one = proxy(upstream(*replies), failures=10**6)
+    a = upstream(*replies)
+    one = proxy(a, failures=10**6)
     for place in places:
         given = one.ask(stream=True)
         end = ends_of(body[:place])
         assert given.body[:end] == body[:end]
         told = error_in(given.body[end:])
         assert (told["type"], told["error"]["type"]) == ("error", "api_error")
+        assert told["request_id"].startswith("req_")
+        assert str(a.port).encode() not in given.body
         assert given.ending == "cut"
     assert one.outcomes() == [["failure"] * len(places)]
 
 
-@pytest.mark.parametrize("then", ["cut", "reset"])
-def test_a_break_is_told_with_our_request_id_and_no_address(upstream, proxy, then):
-    a = upstream(events(EVENTS[:5], then=then))
-    given = proxy(a).ask(stream=True)
-    told = error_in(given.body)
-    assert told["request_id"].startswith("req_")
-    assert str(a.port).encode() not in given.body
-    assert given.ending == "cut"
-
-
 @pytest.mark.parametrize("framing", FRAMINGS)
-def test_a_clean_end_without_message_stop_is_a_break(upstream, proxy, framing):
-    one = proxy(upstream(events(EVENTS[:-1], framing)))
-    given = one.ask(stream=True)
-    assert given.body.startswith(WHOLE[: -len(STOP)] + b"event: error\n")
-    assert given.ending == "cut"
-    assert one.outcomes() == [["failure"]]
+def test_a_clean_end_without_a_whole_message_stop_is_a_break(upstream, proxy, framing):
+    one = proxy(upstream(*[events([*EVENTS[:-1], *last], framing) for last in ([], [STOP[:-1]])]))
+    for _ in range(2):
+        given = one.ask(stream=True)
+        assert given.body.startswith(WHOLE[: -len(STOP)] + b"event: error\n")
+        assert given.ending == "cut"
+    assert one.outcomes() == [["failure"] * 2]
 
 
-def test_a_message_stop_that_is_not_whole_is_none(upstream, proxy):
-    one = proxy(upstream(events([*EVENTS[:-1], STOP[:-1]])))
-    given = one.ask(stream=True)
-    assert STOP[:-1] not in given.body
-    assert given.ending == "cut"
-
-
-def test_the_words_message_stop_in_a_text_stop_nothing(upstream, proxy):
-    said = event(
-        "content_block_delta",
-        {
-            "type": "content_block_delta",
-            "index": 0,
-            "delta": {"type": "text_delta", "text": "event: message_stop\n\n"},
-        },
-    )
-    one = proxy(upstream(events([*EVENTS[:4], said])))
-    assert one.ask(stream=True).ending == "cut"
-    assert one.outcomes() == [["failure"]]
-
-
-@pytest.mark.parametrize("framing", FRAMINGS)
-def test_silence_after_the_commit_point_ends_in_a_timeout_error(upstream, proxy, framing):
-    a, b = upstream(events(EVENTS[:4], framing, then="hang")), upstream()
+@pytest.mark.parametrize(
+    "reply",
+    [
+        *(events(EVENTS[:4], framing, then="hang") for framing in FRAMINGS),
+        events([*EVENTS[:4], *(DELTA[n : n + 1] for n in range(len(DELTA) - 2)), 9.0], gap=0.01),
+    ],
+    ids=[*FRAMINGS, "a trickle that completes no event"],
+)
+def test_silence_after_the_commit_point_ends_in_a_timeout_error(upstream, proxy, reply):
+    a, b = upstream(reply), upstream()
     one = proxy(a, b, idle=0.2)
-    began = time.monotonic()
     given = one.ask(stream=True)
-    assert 0.2 <= time.monotonic() - began < 3
     assert given.body.startswith(b"".join(EVENTS[:4]))
     assert error_in(given.body)["error"]["type"] == "timeout_error"
     assert (given.ending, given.upstream) == ("cut", "a")
@@ -332,54 +266,19 @@ def test_silence_after_the_commit_point_ends_in_a_timeout_error(upstream, proxy,
 
 
 def test_each_piece_starts_the_idle_time_anew(upstream, proxy):
-    one = proxy(upstream(events(EVENTS, gap=0.05)), idle=0.25)
+    one = proxy(upstream(events(EVENTS, gap=0.15)), idle=0.9)
     assert one.ask(stream=True).ending == "end"
 
 
-def test_a_trickle_that_completes_no_event_does_not_prolong_the_silence(upstream, proxy):
-    slow = b"event: content_block_delta\ndata: " + b"x" * 500
-    reply = events([*EVENTS[:3], *(slow[n : n + 1] for n in range(len(slow)))], gap=0.01, then="cut")
-    one = proxy(upstream(reply), idle=0.3)
-    began = time.monotonic()
-    given = one.ask(stream=True)
-    assert time.monotonic() - began < 2
-    assert b"timeout_error" in given.body
-    assert one.outcomes() == [["failure"]]
-
-
-def test_a_client_that_leaves_while_a_whole_answer_is_written_is_logged_as_one_that_left(
-    upstream, proxy, capsys
-):
-    one = proxy(upstream())
-    one.begin().leave()
-    assert " outcome=client_left " in capsys.readouterr().out
-    assert one.ask().status == 200
-    assert " outcome=complete " in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("then", ["end", "cut", "hang"])
-@pytest.mark.parametrize("ending", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize(("then", "ending"), [("end", "\n"), ("cut", "\r\n"), ("hang", "\r")])
 def test_an_error_event_of_the_upstream_is_relayed_as_it_is_and_breaks_the_connection(
     upstream, proxy, then, ending
 ):
     event = error_event("api_error").replace(b"\n", ending.encode())
     one = proxy(upstream(events([*EVENTS[:4], event], then=then)), upstream())
-    began = time.monotonic()
     given = one.ask(stream=True)
-    assert time.monotonic() - began < 2
     assert (given.body, given.ending) == (b"".join(EVENTS[:4]) + event, "cut")
     assert one.outcomes() == [["failure"], []]
-
-
-def test_an_error_event_in_the_middle_counts_as_the_status_of_its_type(upstream, proxy):
-    clock = Clock()
-    a = upstream(*[events([*EVENTS[:4], error_event("overloaded_error")])] * 3)
-    one = proxy({"base_url": a, "weight": 9}, upstream(), clock=clock)
-    assert one.ask(stream=True).upstream == "a"
-    assert one.outcomes("a") == [["ignored"]]
-    assert one.ask().upstream == "b"  # this model of a is in backoff
-    clock.now += 2
-    assert one.ask(stream=True).upstream == "a"
 
 
 def test_an_event_over_16_mb_breaks_the_stream_without_completing_it(upstream, proxy):
@@ -410,55 +309,23 @@ def test_a_break_after_a_part_of_a_large_event_completes_nothing(upstream, proxy
 # ------------------------------------------------------------------------------- the end after message_stop
 
 
-@pytest.mark.parametrize("framing", FRAMINGS)
-def test_a_body_kept_open_after_message_stop_is_a_success_that_holds_nobody(
-    upstream, proxy, monkeypatch, framing
-):
+@pytest.mark.parametrize(
+    "reply",
+    [
+        *(events(EVENTS, framing, then="hang") for framing in FRAMINGS),
+        events([*EVENTS, *[b": bye\n\n"] * 500], gap=0.02),
+        events(EVENTS, then="cut"),
+        events(EVENTS, then="reset"),
+        events([*EVENTS, error_event()]),
+    ],
+    ids=[*(f"silence by {framing}" for framing in FRAMINGS), "a trickle", "a break", "a reset", "an error"],
+)
+def test_what_follows_message_stop_holds_nobody_and_is_a_success(upstream, proxy, monkeypatch, reply):
     monkeypatch.setattr("aiproxy.proxy.stream.END_OF_BODY_SECONDS", 0.1)
-    a = upstream(events(EVENTS, framing, then="hang"))
+    a = upstream(reply)
     one = proxy(a)
-    began = time.monotonic()
     given = one.ask(stream=True)
-    assert 0.1 <= time.monotonic() - began < 3
-    assert (given.body, given.ending) == (WHOLE, "end")
-    assert one.outcomes() == [["success"]]
-    a.wait_left()
-
-
-def test_an_upstream_has_about_a_second_to_end_a_body_after_message_stop():
-    from aiproxy.proxy.stream import END_OF_BODY_SECONDS
-
-    assert 0.5 <= END_OF_BODY_SECONDS <= 1.5
-
-
-def test_a_trickle_after_message_stop_holds_nobody_either(upstream, proxy, monkeypatch):
-    monkeypatch.setattr("aiproxy.proxy.stream.END_OF_BODY_SECONDS", 0.1)
-    one = proxy(upstream(events([*EVENTS, *[PING] * 500], gap=0.02)))
-    given = one.begin(stream=True)
-    while STOP not in given.pieces:
-        assert given.next()
-    began = time.monotonic()
-    assert given.read().ending == "end"
-    assert time.monotonic() - began < 3
-    assert one.outcomes() == [["success"]]
-
-
-@pytest.mark.parametrize("then", ["cut", "reset"])
-def test_a_break_after_message_stop_is_a_success(upstream, proxy, then):
-    gate = threading.Event()
-    one = proxy(upstream(events([*EVENTS, gate], then=then)))
-    given = one.begin(stream=True)
-    while STOP not in given.pieces:
-        assert given.next()
-    gate.set()
-    assert (given.read().body, given.ending) == (WHOLE, "end")
-    assert one.outcomes() == [["success"]]
-
-
-def test_an_error_event_after_message_stop_changes_nothing(upstream, proxy):
-    one = proxy(upstream(events([*EVENTS, error_event()])))
-    given = one.ask(stream=True)
-    assert (given.body, given.ending) == (WHOLE + error_event(), "end")
+    assert (given.body.startswith(WHOLE), given.ending) == (True, "end")
     assert one.outcomes() == [["success"]]
 
 
@@ -500,18 +367,17 @@ def test_a_client_that_leaves_upon_the_upstream_s_error_event_does_not_undo_it(u
     assert one.outcomes() == [["failure"]]
 
 
-def test_a_client_that_leaves_does_not_charge_the_last_failures_again(upstream, proxy):
-    clock = Clock()
-    a = upstream(close_now(), close_now(), events(EVENTS[:4], then="hang"), close_now())
-    one = proxy(a, clock=clock)
-    assert [one.ask().status, one.ask().status] == [502, 502]
-    one.begin(stream=True).leave()
-    assert one.breakers["a"].usable()
-    assert one.ask().status == 502
-    assert not one.breakers["a"].usable()  # the client that left did not count as a success either
+def test_a_client_that_leaves_while_a_whole_answer_is_written_is_logged_as_one_that_left(
+    upstream, proxy, capsys
+):
+    one = proxy(upstream())
+    one.begin().leave()
+    assert " outcome=client_left " in capsys.readouterr().out
+    assert one.ask().status == 200
+    assert " outcome=complete " in capsys.readouterr().out
 
 
-def test_the_end_of_a_stream_is_logged_once(upstream, proxy, capsys):
+def test_a_stream_that_is_closed_twice_is_settled_and_logged_once(upstream, proxy, capsys):
     one = proxy(upstream(events(EVENTS), events(EVENTS[:5], then="cut")))
     for outcome in ("complete", "broken"):
         given = one.ask(stream=True)
@@ -519,15 +385,7 @@ def test_the_end_of_a_stream_is_logged_once(upstream, proxy, capsys):
         given.next()
         lines = [line for line in capsys.readouterr().out.splitlines() if " done " in line]
         assert [f"outcome={outcome}" in line for line in lines] == [True]
-
-
-def test_a_stream_that_is_closed_twice_is_settled_once(upstream, proxy):
-    one = proxy(upstream(events(EVENTS), events(EVENTS[:5], then="cut")))
-    for outcomes in (["success"], ["success", "failure"]):
-        given = one.ask(stream=True)
-        given.leave()
-        given.leave()
-        assert one.outcomes() == [outcomes]
+    assert one.outcomes() == [["success", "failure"]]
 
 
 def test_all_clients_see_their_own_stream(upstream, proxy):
@@ -601,28 +459,3 @@ def test_a_client_that_does_not_close_after_a_break_holds_up_nobody(upstream, wi
         began.append(time.monotonic())
     assert max(after - before for before, after in itertools.pairwise(began)) < 1.7
     assert "Traceback" not in served.stderr + "\n".join(served.stdout_lines())
-
-
-def test_a_client_that_leaves_on_the_wire_frees_the_upstream(upstream, wire):
-    a = upstream(events([*EVENTS[:4], *[DELTA] * 400], gap=0.005))
-    served, ask = wire(a)
-    client = ask()
-    next(client.answer().pieces())
-    client.close()
-    a.wait_left()
-    assert served.wait_for_log(r" done .*outcome=client_left ")
-
-
-def test_streams_and_whole_answers_and_errors_take_turns_on_one_connection(upstream, wire):
-    a = upstream(answer(), answer(), error(400), events([START, error_event()]), answer())
-    _, ask = wire(a, breaker={"failures": 99})
-    client = ask()
-    got = [client.read()]
-    for question in (QUESTION, STREAMED, STREAMED, STREAMED):
-        client.post(question)
-        got.append(client.read())
-    assert [one.status for one in got] == [200, 200, 400, 529, 200]
-    assert [one.ending for one in got] == ["end"] * 5
-    assert (got[1].body, got[4].body) == (MESSAGE, got[0].body)
-    assert (got[3].reason, got[3].header("content-type")) == ("Overloaded", "application/json")
-    assert got[3].json()["error"]["type"] == "overloaded_error"

@@ -1,4 +1,4 @@
-"""A whole event stream read into the one Message it spells."""
+"""A whole event stream read into the one Message it spells, as Anthropic's own SDK reads it."""
 
 import json
 import random
@@ -22,16 +22,12 @@ USAGE = {
     "service_tier": "standard",
     "inference_geo": "eu",
 }
+
 MESSAGE: dict[str, Any] = {
-    "id": "msg_1",
-    "type": "message",
-    "role": "assistant",
-    "model": "claude-a",
-    "content": [],
-    "stop_reason": None,
-    "stop_sequence": None,
-    "usage": USAGE,
+    **{"id": "msg_1", "type": "message", "role": "assistant", "model": "claude-a", "content": []},
+    **{"stop_reason": None, "stop_sequence": None, "usage": USAGE},
 }
+
 TEXT = {"type": "text", "text": ""}
 TOOL = {"type": "tool_use", "id": "toolu_1", "name": "search", "input": {}}
 THINKING = {"type": "thinking", "thinking": "", "signature": ""}
@@ -62,6 +58,15 @@ def ended(reason: str | None = "end_turn", output_tokens: int = 15, **fields: An
     return event("message_delta", **{"delta": stop, "usage": {"output_tokens": output_tokens}, **fields})
 
 
+def typed(text: str) -> Event:
+    return delta(0, "text_delta", text=text)
+
+
+def spelt(piece: str, index: int = 0) -> Event:
+    """A piece of a tool's input."""
+    return delta(index, "input_json_delta", partial_json=piece)
+
+
 START = event("message_start", message=MESSAGE)
 STOP = event("message_stop")
 
@@ -88,81 +93,51 @@ def content(*middle: Event) -> Any:
 
 def tool_input(*pieces: str, partial_strings: bool = False) -> Any:
     """What becomes of a tool input that came in these pieces, and whether it was repaired."""
-    deltas = [delta(0, "input_json_delta", partial_json=piece) for piece in pieces]
-    collector = collected([START, started(0, TOOL), *deltas, stopped(0), STOP], partial_strings)
+    collector = collected([START, started(0, TOOL), *map(spelt, pieces), stopped(0), STOP], partial_strings)
     return json.loads(collector.message())["content"][0]["input"], collector.repaired
 
 
 # The whole
 
 
-def test_a_stream_becomes_the_message_it_spells() -> None:
+def test_a_stream_becomes_the_message_it_spells_and_values_keep_their_bytes() -> None:
     stream = [
         Event(
             b"message_start",
-            b'{"type":"message_start","message":{"id":"msg_1","type":"message","role":"assistant",'
-            b'"model":"claude-a","content":[],"stop_reason":null,"stop_sequence":null,'
-            b'"usage":{"input_tokens":25,"output_tokens":1,"service_tier":"standard"}}}',
+            b'{"message":{"z":1.10,"usage":{"y": 1E5,"x":1e400},"content": [ ] ,'
+            b'"a":{"b" :  [1 ]},"n":"\\u00e9"}}',
         ),
-        Event(
-            b"content_block_start",
-            b'{"type":"content_block_start","index":0,"content_block":{"type":"text","text":""}}',
-        ),
+        Event(b"content_block_start", b'{"index":0,"content_block":{"x":1.10,"text":"a","type":"text"}}'),
         Event(b"ping", b'{"type": "ping"}'),
         raw_delta(0, b'"type":"text_delta","text":"Hello"'),
-        raw_delta(0, b'"type":"text_delta","text":", \\"you\\" \xc3\xa9\\u00e9"'),
+        raw_delta(0, b'"type":"text_delta" , "text" : ", \\"you\\" \xc3\xa9\\u00e9" '),
         Event(b"content_block_stop", b'{"type":"content_block_stop","index":0}'),
-        Event(
-            b"message_delta",
-            b'{"type":"message_delta","delta":{"stop_reason":"end_turn","stop_sequence":null},'
-            b'"usage":{"output_tokens":15}}',
-        ),
+        Event(b"message_delta", b'{"delta":{"k":1.50},"usage":{"w":2.0,"y":null},"j":{ "i":1e-400 }}'),
         Event(b"message_stop", b'{"type":"message_stop"}'),
     ]
     collector = collected(stream)
-    assert collector.complete
-    assert collector.error is None
-    assert not collector.repaired
+    assert (collector.complete, collector.error, collector.repaired) == (True, None, False)
     assert collector.message() == (
-        b'{"id":"msg_1","type":"message","role":"assistant","model":"claude-a",'
-        b'"content":[{"type":"text","text":"Hello, \\"you\\" \xc3\xa9\\u00e9"}],'
-        b'"stop_reason":"end_turn","stop_sequence":null,'
-        b'"usage":{"input_tokens":25,"output_tokens":15,"service_tier":"standard"}}'
+        b'{"z":1.10,"usage":{"y":1E5,"x":1e400,"w":2.0},'
+        b'"content":[{"x":1.10,"text":"aHello, \\"you\\" \xc3\xa9\\u00e9","type":"text"}],'
+        b'"a":{"b" :  [1 ]},"n":"\\u00e9","k":1.50,"j":{ "i":1e-400 }}'
     )
+
+
+def test_what_is_not_of_the_message_is_skipped_wherever_it_comes() -> None:
+    early = [event("message_stop"), Event(b"content_block_start", b"{"), ended("refusal")]
+    noise = [event("ping"), Event(b"ping", b""), Event(b"news", b"not JSON"), event("news", index=0)]
+    nameless = [Event(b"", typed("no").data), Event(b"", STOP.data)]
+    late = [typed("no"), event("error"), Event(b"message_start", b"{"), ended("refusal")]
+    middle = [started(0, TEXT), typed("a"), stopped(0), ended()]
+    noisy = [one for step in [START, *middle] for one in [*noise, step, *nameless]]
+    collector = collected([*early, *noisy, STOP, *late])
+    assert collector.message() == written(*middle)
+    assert collector.error is None
 
 
 def test_a_message_without_content_is_one() -> None:
     assert read() == MESSAGE
-
-
-def test_what_came_before_message_start_does_not_count() -> None:
-    early = [event("message_stop"), Event(b"content_block_start", b"{"), ended("refusal")]
-    assert json.loads(collected([*early, START, STOP]).message()) == MESSAGE
-
-
-def test_pings_and_unknown_events_are_skipped_anywhere() -> None:
-    noise = [event("ping"), Event(b"ping", b""), Event(b"news", b"not JSON"), event("news", index=0)]
-    middle = [started(0, TEXT), delta(0, "text_delta", text="a"), stopped(0), ended()]
-    stream = [one for step in [START, *middle, STOP] for one in [*noise, step]]
-    assert collected(stream).message() == written(*middle)
-
-
-def test_events_without_a_name_are_skipped() -> None:
-    nameless = Event(b"", delta(0, "text_delta", text="no").data)
-    assert content(started(0, TEXT), nameless) == [TEXT]
-    assert not collected([START, Event(b"", STOP.data)]).complete
-
-
-def test_what_follows_message_stop_is_ignored() -> None:
-    late = [
-        delta(0, "text_delta", text="no"),
-        event("error"),
-        Event(b"message_start", b"{"),
-        ended("refusal"),
-    ]
-    collector = collected([START, started(0, TEXT), STOP, *late])
-    assert json.loads(collector.message())["content"] == [TEXT]
-    assert collector.error is None
 
 
 @pytest.mark.parametrize("before", [[], [START], [START, started(0, TEXT)]])
@@ -182,25 +157,26 @@ def test_a_stream_without_message_stop_is_no_message() -> None:
         collector.message()
 
 
-# Text
+# Text, thinking, compaction
 
 
-def test_text_is_appended_to_what_the_start_had() -> None:
-    block = {"type": "text", "text": "a\n"}
-    assert content(started(0, block), delta(0, "text_delta", text="b"), delta(0, "text_delta", text="c")) == [
-        {"type": "text", "text": "a\nbc"}
-    ]
-
-
-@pytest.mark.parametrize("block", [b'{"type":"text"}', b'{"type":"text","text":null}'])
-def test_text_may_begin_with_nothing(block: bytes) -> None:
+@pytest.mark.parametrize(
+    ("block", "deltas", "text"),
+    [
+        (b'{"type":"text","text":"a\\n"}', [typed("b"), typed("c")], "a\nbc"),
+        (b'{"type":"text"}', [typed("b")], "b"),
+        (b'{"type":"text","text":null}', [typed("b")], "b"),
+        (
+            b'{"type":"text","text":""}',
+            [raw_delta(0, rb'"type":"text_delta","text":"\ud83d"'), typed("\ude00")],
+            "😀",
+        ),
+    ],
+    ids=["appended", "absent", "null", "an emoji split over two deltas"],
+)
+def test_text_is_appended_to_what_the_start_had(block: bytes, deltas: list[Event], text: str) -> None:
     start = Event(b"content_block_start", b'{"index":0,"content_block":%s}' % block)
-    assert content(start, delta(0, "text_delta", text="b")) == [{"type": "text", "text": "b"}]
-
-
-def test_an_emoji_split_over_two_deltas_is_joined() -> None:
-    halves = [raw_delta(0, rb'"type":"text_delta","text":"\ud83d"'), delta(0, "text_delta", text="\ude00!")]
-    assert content(started(0, TEXT), *halves) == [{"type": "text", "text": "😀!"}]
+    assert content(start, *deltas) == [{"type": "text", "text": text}]
 
 
 def test_half_an_emoji_is_carried_as_it_is() -> None:
@@ -208,13 +184,6 @@ def test_half_an_emoji_is_carried_as_it_is() -> None:
     assert rb'"text":"a\ud83d"' in whole
     whole = written(started(0, {"type": "text", "text": "\ud83d"}), stopped(0))
     assert rb'"text": "\ud83d"' in whole
-
-
-def test_text_keeps_its_escapes() -> None:
-    literal = rb"\u00e9\/\\ \" \n" + "é\u2028".encode()
-    assert b'"text":"' + literal * 2 + b'"' in written(
-        started(0, TEXT), *[raw_delta(0, b'"type":"text_delta" , "text" : "%s" ' % literal)] * 2
-    )
 
 
 def test_citations_are_added_to_a_list_that_is_made_where_there_is_none() -> None:
@@ -229,28 +198,6 @@ def test_citations_are_added_to_a_list_that_is_made_where_there_is_none() -> Non
     ]
 
 
-# Thinking, compaction, fallback
-
-
-def test_thinking_is_appended_and_its_signature_assigned() -> None:
-    deltas = [
-        delta(0, "thinking_delta", thinking="Hm", estimated_tokens=3),
-        delta(0, "thinking_delta", thinking="m."),
-        delta(0, "signature_delta", signature="no"),
-        delta(0, "signature_delta", signature="yes"),
-    ]
-    block = {"type": "thinking", "thinking": "", "signature": "first"}
-    assert content(started(0, block), *deltas) == [
-        {"type": "thinking", "thinking": "Hmm.", "signature": "yes"}
-    ]
-
-
-def test_a_signature_may_come_without_any_thinking() -> None:
-    assert content(started(0, THINKING), delta(0, "signature_delta", signature="s")) == [
-        {**THINKING, "signature": "s"}
-    ]
-
-
 def test_a_compaction_is_assigned() -> None:
     block = {"type": "compaction", "content": None, "encrypted_content": "old"}
     first = delta(0, "compaction_delta", content="a")
@@ -259,43 +206,24 @@ def test_a_compaction_is_assigned() -> None:
     assert content(started(0, block), first, second) == [{**block, "content": "b", "encrypted_content": None}]
 
 
-def test_a_fallback_block_names_the_model() -> None:
-    block = {"type": "fallback", "from": {"model": "claude-a"}, "to": {"model": "claude-b"}}
-    message = read(started(0, block), stopped(0))
-    assert message["model"] == "claude-b"
-    assert message["content"] == [block]
-
-
 # Tool input
 
 
-@pytest.mark.parametrize("kind", ["tool_use", "server_tool_use", "mcp_tool_use"])
-def test_a_tool_input_is_what_its_pieces_spell(kind: str) -> None:
-    pieces = ["", '{"q": "a', '\\"b\\u00e9', '😀", "n": [1, 2', "]}"]
-    deltas = [delta(0, "input_json_delta", partial_json=piece) for piece in pieces]
-    assert content(started(0, {**TOOL, "type": kind}), *deltas, stopped(0)) == [
-        {**TOOL, "type": kind, "input": {"q": 'a"bé😀', "n": [1, 2]}}
-    ]
-
-
 def test_a_tool_input_replaces_the_one_of_the_start() -> None:
-    whole = delta(0, "input_json_delta", partial_json='{"b":2}')
-    assert content(started(0, {**TOOL, "input": {"a": 1}}), whole) == [{**TOOL, "input": {"b": 2}}]
+    assert content(started(0, {**TOOL, "input": {"a": 1}}), spelt('{"b":2}')) == [{**TOOL, "input": {"b": 2}}]
 
 
-@pytest.mark.parametrize("pieces", [[], [""], ["", ""]])
+@pytest.mark.parametrize("pieces", [[], ["", ""]])
 def test_without_any_input_the_one_of_the_start_stays(pieces: list[str]) -> None:
-    deltas = [delta(0, "input_json_delta", partial_json=piece) for piece in pieces]
     block = {**TOOL, "input": {"a": 1}}
-    collector = collected([START, started(0, block), *deltas, stopped(0), STOP])
+    collector = collected([START, started(0, block), *map(spelt, pieces), stopped(0), STOP])
     assert json.loads(collector.message())["content"] == [block]
     assert not collector.repaired
 
 
 def test_a_tool_input_keeps_its_bytes() -> None:
     source = '{"b": 1.10,"a":1e400, "n":123456789012345678901234567890,"u":"\\u00e9é"}'
-    whole = written(started(0, TOOL), delta(0, "input_json_delta", partial_json=source))
-    assert b'"input":' + source.encode() in whole
+    assert b'"input":' + source.encode() in written(started(0, TOOL), spelt(source))
 
 
 def test_an_emoji_split_over_two_pieces_of_a_tool_input_is_joined() -> None:
@@ -313,34 +241,14 @@ def test_half_an_emoji_in_a_tool_input_is_escaped() -> None:
     ("source", "value"),
     [
         ('{"a":1,"b":"hel', {"a": 1}),
-        ('{"a":"b","c":"d"', {"a": "b", "c": "d"}),
-        ('{"a":[1,2,{"b":3', {"a": [1, 2, {"b": 3}]}),
         ('{"a":[1,2,{"b":[', {"a": [1, 2, {"b": []}]}),
-        ('{"a":{"b":{"c":1},"d":{', {"a": {"b": {"c": 1}, "d": {}}}),
-        ('{"a":1,"n":12', {"a": 1, "n": 12}),
-        ('{"a":1,"n":-1.5E+3', {"a": 1, "n": -1500}),
-        ('{"a":1,"n":-', {"a": 1}),
-        ('{"a":1,"n":1.', {"a": 1}),
         ('{"a":1,"n":1.5e', {"a": 1}),
-        ('{"a":1,"n":1e-', {"a": 1}),
-        ('{"a":true,"b":tru', {"a": True}),
         ('{"a":[null,false,n', {"a": [None, False]}),
-        ('{"a":false', {"a": False}),
-        ('{"a":1,"b":', {"a": 1}),
-        ('{"a":1,"b" ', {"a": 1}),
-        ('{"a":1,"b', {"a": 1}),
-        ('{"a":1,"', {"a": 1}),
-        ('{"a":1, ', {"a": 1}),
-        ('{"a":[1,', {"a": [1]}),
         (' { "a" : [ 1 , 2 ] , "b" ', {"a": [1, 2]}),
         ('{"', {}),
-        ("{", {}),
         ("[", []),
         (" \n", {}),
-        (
-            '{"a":{},"b":[],"c":[[]],"d":[{}],"e":"}],{["',
-            {"a": {}, "b": [], "c": [[]], "d": [{}], "e": "}],{["},
-        ),
+        ('{"a":{},"c":[[]],"d":[{}],"e":"}],{["', {"a": {}, "c": [[]], "d": [{}], "e": "}],{["}),
         ('{"a":"\\"","b":"\\\\","c":"\\u00e9"', {"a": '"', "b": "\\", "c": "é"}),
     ],
 )
@@ -352,24 +260,12 @@ def test_a_tool_input_that_was_cut_off_keeps_what_was_whole(source: str, value: 
 @pytest.mark.parametrize(
     ("source", "value"),
     [
-        ('{"a":1,"b":"hel', {"a": 1, "b": "hel"}),
         ('{"a":["b","hel ', {"a": ["b", "hel "]}),
-        ('{"a":"', {"a": ""}),
-        ('{"a":"hel\\', {"a": "hel"}),
-        ('{"a":"hel\\u', {"a": "hel"}),
-        ('{"a":"hel\\u00', {"a": "hel"}),
-        ('{"a":"hel\\u00e', {"a": "hel"}),
-        ('{"a":"hel\\u00e9', {"a": "helé"}),
-        ('{"a":"hel\\ud83d', {"a": "hel"}),
         ('{"a":"hel\\uD83D\\', {"a": "hel"}),
-        ('{"a":"hel\\ud83d\\ude0', {"a": "hel"}),
-        ('{"a":"hel\\ud83d\\ude00', {"a": "hel😀"}),
         ('{"a":"hel\\ud83d!', {"a": "hel\ud83d!"}),
         ('{"a":"hel\\\\ud83d', {"a": "hel\\ud83d"}),
-        ('{"a":"hel\\n\\"', {"a": 'hel\n"'}),
         ('{"a":"é😀', {"a": "é😀"}),
         ('{"a":1,"hel', {"a": 1}),
-        ('{"a":1,"n":12', {"a": 1, "n": 12}),
         ('{"a":1,"b":tru', {"a": 1}),
     ],
 )
@@ -381,45 +277,13 @@ def test_partial_strings_keep_what_came_of_the_last_one(source: str, value: Any)
 @pytest.mark.parametrize(
     "source",
     [
-        '{"a":1, oops}',
-        '{"a":1, oops',
-        '{"a":1,}',
-        '{"a":1,,',
-        '{"a":1}}',
-        '{"a":1} {',
-        '1,"input":2',
-        '1,"a":2',
-        '{"a":[1}',
-        '{"a":[}',
-        '{"a"}',
-        '{"a" 1',
-        '{"a" "b',
-        '{"a":1 "b',
-        "{1:2",
-        "{,",
-        "[,",
-        ",",
-        "oops",
-        "tru",
-        '"hel',
-        '{"a":01',
-        '{"a":+1',
-        '{"a":.5',
-        '{"a":1x',
-        '{"a":trux',
-        '{"a":tru ',
-        '{"a":1.,',
-        '{"a":NaN',
-        '{"a":NaN}',
-        '{"a":-Infinity}',
-        '{"a":"\\x',
-        '{"a":"\\u00g',
-        '{"a":"\\u00","b',
-        '{"a":"b\nc',
-        "{'a':1",
-        '{"a":1 // no',
-        '{"a":\x0b1',
+        *["oops", "tru", '"hel', ",", "{,", "[,", "{1:2", "{'a':1", '1,"input":2', '{"a":1, oops}'],
+        *['{"a":1, oops', '{"a":1,}', '{"a":1,,', '{"a":1}}', '{"a":1} {', '{"a":[1}', '{"a":[}', '{"a"}'],
+        *['{"a" 1', '{"a" "b', '{"a":1 "b', '{"a":01', '{"a":.5', '{"a":1x', '{"a":tru ', '{"a":1.,'],
+        *['{"a":NaN', '{"a":-Infinity}', '{"a":"\\x', '{"a":"\\u00","b', '{"a":"b\nc', '{"a":\x0b1'],
+        *["[" * 20_000, "[" * 20_000 + "]" * 20_000, '{"a":' * 20_000],
     ],
+    ids=lambda source: repr(source)[:20],
 )
 def test_a_tool_input_that_is_neither_json_nor_its_beginning_is_refused(
     source: str, partial_strings: bool
@@ -428,31 +292,17 @@ def test_a_tool_input_that_is_neither_json_nor_its_beginning_is_refused(
         tool_input(source, partial_strings=partial_strings)
 
 
-@pytest.mark.parametrize("source", ["[" * 20_000, "[" * 20_000 + "]" * 20_000, '{"a":' * 20_000])
-def test_a_tool_input_nested_too_deeply_is_refused(source: str) -> None:
-    with pytest.raises(Malformed):
-        tool_input(source)
-
-
-def test_a_tool_input_that_was_cut_off_is_read_though_no_stop_came_for_its_block() -> None:
-    collector = collected(
-        [START, started(0, TOOL), delta(0, "input_json_delta", partial_json='{"a":[1'), STOP]
-    )
+def test_a_tool_input_is_judged_when_the_message_stops_though_its_block_did_not() -> None:
+    collector = collected([START, started(0, TOOL), spelt('{"a":[1'), STOP])
     assert json.loads(collector.message())["content"] == [{**TOOL, "input": {"a": [1]}}]
     assert collector.repaired
-
-
-def test_a_tool_input_is_judged_when_the_message_stops() -> None:
-    deltas = [delta(0, "input_json_delta", partial_json="{oops"), stopped(0)]
-    collector = collected([START, started(0, TOOL), *deltas])
     with pytest.raises(Malformed):
-        collector.feed(STOP)
+        collected([START, started(0, TOOL), spelt("{oops"), stopped(0)]).feed(STOP)
 
 
 def test_tool_inputs_are_kept_apart_by_index() -> None:
-    pieces = [(0, '{"a"'), (1, '{"b"'), (0, ":1}"), (1, ":2}")]
-    deltas = [delta(index, "input_json_delta", partial_json=piece) for index, piece in pieces]
-    blocks = content(started(0, TOOL), started(1, TOOL), *deltas, stopped(1), stopped(0))
+    pieces = [spelt('{"a"', 0), spelt('{"b"', 1), spelt(":1}", 0), spelt(":2}", 1)]
+    blocks = content(started(0, TOOL), started(1, TOOL), *pieces, stopped(1), stopped(0))
     assert [block["input"] for block in blocks] == [{"a": 1}, {"b": 2}]
 
 
@@ -465,71 +315,42 @@ def test_unknown_blocks_and_members_keep_their_bytes() -> None:
     )
     start = Event(b"content_block_start", b'{"index":0,"content_block": %s }' % block)
     assert b'"content":[%s]' % block in written(start, delta(0, "beam_delta", beam=1), stopped(0))
+    grows = Event(b"content_block_start", b'{"index":0,"content_block":{"\\ud800":1e400,"type":"text"}}')
+    assert b'{"\\ud800":1e400,"type":"text","text":"b"}' in written(grows, typed("b"))
 
 
-def test_a_block_that_grows_keeps_its_other_members_bytes_and_order() -> None:
-    block = b'{"x":1.10,"text":"a","\\ud800":1e400,"type":"text"}'
-    start = Event(b"content_block_start", b'{"index":0,"content_block":%s}' % block)
-    assert block.replace(b'"a"', b'"ab"') in written(start, delta(0, "text_delta", text="b"))
+FITS = {
+    "text": {"text_delta", "citations_delta"},
+    "thinking": {"thinking_delta", "signature_delta"},
+    "tool_use": {"input_json_delta"},
+    "compaction": {"compaction_delta"},
+}
 
 
-def test_a_delta_that_is_unknown_or_does_not_fit_is_ignored() -> None:
-    deltas: list[tuple[str | None, dict[str, Any]]] = [
-        ("text_delta", {"text": "x"}),
-        ("thinking_delta", {"thinking": "x"}),
-        ("signature_delta", {"signature": "x"}),
-        ("citations_delta", {"citation": {}}),
-        ("compaction_delta", {"content": "x"}),
-        ("input_json_delta", {"partial_json": "{oops"}),
-        ("sound_delta", {"sound": "x"}),
-        (None, {}),
-    ]
-    fits = {
-        "text": ("text_delta", "citations_delta"),
-        "thinking": ("thinking_delta", "signature_delta"),
-        "tool_use": ("input_json_delta",),
-        "compaction": ("compaction_delta",),
-    }
-    for kind in [*fits, "redacted_thinking", "hologram"]:
-        block: dict[str, Any] = {
-            "type": kind,
-            "text": "",
-            "thinking": "",
-            "signature": "",
-            "input": {},
-            "content": None,
-        }
-        misfits = [
-            event("content_block_delta", index=0, delta={"type": name, **fields})
-            for name, fields in deltas
-            if name not in fits.get(kind, ())
-        ]
-        assert content(started(0, block), *misfits, stopped(0)) == [block]
+@pytest.mark.parametrize("kind", [*FITS, "redacted_thinking", "hologram"])
+def test_a_delta_that_is_unknown_or_does_not_fit_is_ignored(kind: str) -> None:
+    strings = dict.fromkeys(["text", "thinking", "signature", "content", "partial_json"], "{oops")
+    names = {"sound_delta", *set().union(*FITS.values())} - FITS.get(kind, set())
+    misfits = [delta(0, name, citation={}, **strings) for name in sorted(names)]
+    nameless = event("content_block_delta", index=0, delta={"type": None})
+    block = {"type": kind, "text": "", "thinking": "", "signature": "", "input": {}, "content": None}
+    assert content(started(0, block), *misfits, nameless, stopped(0)) == [block]
 
 
 def test_blocks_stand_where_their_index_says() -> None:
-    middle = [
-        started(10, {"type": "text", "text": "d"}),
-        started(2, {"type": "text", "text": "c"}),
-        started(0, {"type": "text", "text": "a"}),
+    starts = [started(index, {"type": "text", "text": str(index)}) for index in (10, 2, 0, 1)]
+    grown = [
         delta(2, "text_delta", text="C"),
-        started(1, {"type": "text", "text": "b"}),
         delta(0, "text_delta", text="A"),
         delta(10, "text_delta", text="D"),
     ]
-    assert [block["text"] for block in content(*middle)] == ["aA", "b", "cC", "dD"]
+    assert [block["text"] for block in content(*starts, *grown)] == ["0A", "1", "2C", "10D"]
 
 
 def test_content_that_came_with_message_start_stays_in_front() -> None:
     start = event("message_start", message={**MESSAGE, "content": [{"n": 1}, {"n": 2}]})
     message = collected([start, started(2, TEXT), STOP]).message()
     assert json.loads(message)["content"] == [{"n": 1}, {"n": 2}, TEXT]
-
-
-def test_content_is_made_where_message_start_has_none() -> None:
-    start = event("message_start", message={"id": "m"})
-    message = collected([start, started(0, TEXT), STOP]).message()
-    assert json.loads(message) == {"id": "m", "content": [TEXT]}
 
 
 # message_delta
@@ -544,38 +365,19 @@ def test_stop_members_are_assigned_even_when_null() -> None:
     )
 
 
-def test_stop_members_that_are_absent_are_not_made_up() -> None:
-    assert read(event("message_delta", delta={"stop_reason": "end_turn"})) == {
-        **MESSAGE,
-        "stop_reason": "end_turn",
-    }
-
-
 def test_everything_else_in_a_message_delta_is_assigned_unless_null() -> None:
-    start = {**MESSAGE, "container": {"id": "c0"}, "context_management": {"n": 0}, "diagnostics": {"d": 0}}
-    nothing = ended(
-        delta={"container": None, "wonder": None},
-        context_management=None,
-        input_transformations=None,
-        miracle=None,
-    )
-    message = collected([event("message_start", message=start), nothing, STOP]).message()
-    assert json.loads(message) == {**start, "usage": {**USAGE, "output_tokens": 15}}
-    something = ended(
-        delta={"container": {"id": "c1"}, "wonder": 0},
-        context_management={"n": 1},
-        input_transformations=[],
-        miracle=False,
-    )
-    message = collected([event("message_start", message=start), something, STOP]).message()
-    assert json.loads(message) == {
-        **start,
+    begun = {**MESSAGE, "container": {"id": "c0"}, "context_management": {"n": 0}}
+    start = event("message_start", message=begun)
+    nothing = ended(delta={"container": None, "wonder": None}, context_management=None, miracle=None)
+    assert json.loads(collected([start, nothing, STOP]).message()) == {
+        **begun,
         "usage": {**USAGE, "output_tokens": 15},
-        "container": {"id": "c1"},
-        "wonder": 0,
-        "context_management": {"n": 1},
-        "input_transformations": [],
-        "miracle": False,
+    }
+    something = ended(delta={"container": {"id": "c1"}, "wonder": 0}, context_management={}, miracle=False)
+    assert json.loads(collected([start, something, STOP]).message()) == {
+        **begun,
+        "usage": {**USAGE, "output_tokens": 15},
+        **{"container": {"id": "c1"}, "wonder": 0, "context_management": {}, "miracle": False},
     }
 
 
@@ -618,68 +420,49 @@ def test_a_message_delta_without_figures_leaves_usage_as_it_is(usage: dict[str, 
     assert json.loads(message) == {"id": "m", "content": []}
 
 
-def test_values_keep_their_bytes_and_keys_their_order() -> None:
-    start = Event(
-        b"message_start",
-        b'{"message":{"z":1.10,"usage":{"y": 1E5,"x":1e400},"content": [ ] ,'
-        b'"a":{"b" :  [1 ]},"n":"\\u00e9"}}',
-    )
-    over = Event(b"message_delta", b'{"delta":{"k":1.50},"usage":{"w":2.0,"y":null},"j":{ "i":1e-400 }}')
-    assert collected([start, over, STOP]).message() == (
-        b'{"z":1.10,"usage":{"y":1E5,"x":1e400,"w":2.0},"content":[],"a":{"b" :  [1 ]},"n":"\\u00e9",'
-        b'"k":1.50,"j":{ "i":1e-400 }}'
-    )
-
-
 # What is no Message
 
+NO_STARTS = [
+    event("message_start"),
+    event("message_start", message=[]),
+    event("message_start", message={"content": {}}),
+    Event(b"message_start", b"{"),
+    Event(b"message_start", b'{"message":{"a":NaN}}'),
+    Event(b"message_start", b'{"message":{"a":"\xff"}}'),
+]
+AFTER_START = [
+    [START],
+    [Event(b"content_block_delta", b"[]")],
+    [Event(b"message_delta", b"null")],
+    [Event(b"message_stop", b"{")],
+    [Event(b"content_block_start", b'{"a":' + b"[" * 5000 + b"]" * 5000 + b"}")],
+    [event("content_block_start", index=0)],
+    [event("content_block_start", content_block=TEXT)],
+    [started(0, TEXT), started(0, TEXT)],
+    [event("content_block_start", index=0, content_block="text")],
+    *([event("content_block_start", index=index, content_block=TEXT)] for index in ("0", -1, 0.5, 10**400)),
+    [started(0, {"type": "fallback"})],
+    [started(0, {"type": "fallback", "to": {"model": None}})],
+    [typed("a")],
+    [stopped(0)],
+    [started(0, TEXT), delta(1, "text_delta", text="a")],
+    [started(0, TEXT), event("content_block_delta", index=0)],
+    [started(0, TEXT), event("content_block_delta", index=0, delta={})],
+    [started(0, TEXT), delta(0, "text_delta")],
+    [started(0, TEXT), delta(0, "text_delta", text=None)],
+    [started(0, {"type": "text", "text": 1}), typed("a")],
+    [started(0, TEXT), delta(0, "citations_delta")],
+    [started(0, {**TEXT, "citations": "x"}), delta(0, "citations_delta", citation={})],
+    [started(0, THINKING), delta(0, "thinking_delta", text="a")],
+    [started(0, THINKING), delta(0, "signature_delta")],
+    [started(0, TOOL), delta(0, "input_json_delta", partial_json={})],
+    [event("message_delta", usage={})],
+    [event("message_delta", delta=[])],
+    [event("message_delta", delta={}, usage=[])],
+]
 
-@pytest.mark.parametrize(
-    "stream",
-    [
-        [START, START],
-        [event("message_start")],
-        [event("message_start", message=[])],
-        [event("message_start", message={"content": {}})],
-        [Event(b"message_start", b"{")],
-        [Event(b"message_start", b"")],
-        [Event(b"message_start", b'{"message":{"a":NaN}}')],
-        [Event(b"message_start", b'{"message":{"a":"\xff"}}')],
-        [START, Event(b"content_block_delta", b"[]")],
-        [START, Event(b"message_delta", b"null")],
-        [START, Event(b"message_stop", b"{")],
-        [START, Event(b"content_block_start", b'{"a":' + b"[" * 5000 + b"]" * 5000 + b"}")],
-        [START, event("content_block_start", index=0)],
-        [START, event("content_block_start", content_block=TEXT)],
-        [START, started(0, TEXT), started(0, TEXT)],
-        [START, event("content_block_start", index=0, content_block="text")],
-        [START, event("content_block_start", index="0", content_block=TEXT)],
-        [START, event("content_block_start", index=-1, content_block=TEXT)],
-        [START, event("content_block_start", index=0.5, content_block=TEXT)],
-        [START, event("content_block_start", index=None, content_block=TEXT)],
-        [START, event("content_block_start", index=10**400, content_block=TEXT)],
-        [START, started(0, {"type": "fallback"})],
-        [START, started(0, {"type": "fallback", "to": {"model": None}})],
-        [START, delta(0, "text_delta", text="a")],
-        [START, stopped(0)],
-        [START, started(0, TEXT), delta(1, "text_delta", text="a")],
-        [START, started(0, TEXT), event("content_block_delta", index=0)],
-        [START, started(0, TEXT), event("content_block_delta", index=0, delta={})],
-        [START, started(0, TEXT), event("content_block_delta", delta={"type": "text_delta", "text": "a"})],
-        [START, started(0, TEXT), delta(0, "text_delta")],
-        [START, started(0, TEXT), delta(0, "text_delta", text=None)],
-        [START, started(0, {"type": "text", "text": 1}), delta(0, "text_delta", text="a")],
-        [START, started(0, TEXT), delta(0, "citations_delta")],
-        [START, started(0, {**TEXT, "citations": "x"}), delta(0, "citations_delta", citation={})],
-        [START, started(0, THINKING), delta(0, "thinking_delta", text="a")],
-        [START, started(0, THINKING), delta(0, "signature_delta")],
-        [START, started(0, TOOL), delta(0, "input_json_delta")],
-        [START, started(0, TOOL), delta(0, "input_json_delta", partial_json={})],
-        [START, event("message_delta", usage={})],
-        [START, event("message_delta", delta=[])],
-        [START, event("message_delta", delta={}, usage=[])],
-    ],
-)
+
+@pytest.mark.parametrize("stream", [*([one] for one in NO_STARTS), *([START, *rest] for rest in AFTER_START)])
 def test_a_stream_that_spells_no_message_is_malformed(stream: list[Event]) -> None:
     collector = collected(stream[:-1])
     with pytest.raises(Malformed) as caught:
@@ -687,105 +470,18 @@ def test_a_stream_that_spells_no_message_is_malformed(stream: list[Event]) -> No
     assert len(str(caught.value)) < 80
 
 
-def test_malformed_says_nothing_of_the_conversation() -> None:
-    secret = "correct horse battery"
-    streams = [
-        [started(0, TOOL), delta(0, "input_json_delta", partial_json=f'{{"a":"{secret}"x'), STOP],
-        [Event(b"content_block_delta", f'{{"a":"{secret}'.encode())],
-        [Event(b"content_block_delta", f'{{"a":"{secret}'.encode() + b'\xff"}')],
-    ]
-    for stream in streams:
-        with pytest.raises(Malformed) as caught:
-            collected([START, *stream])
-        assert "horse" not in str(caught.value)
-
-
-ZOO: list[Event] = [
-    event("ping"),
-    START,
-    started(0, THINKING),
-    delta(0, "thinking_delta", thinking="Hmé"),
-    delta(0, "signature_delta", signature="c2ln"),
-    stopped(0),
-    started(1, TEXT),
-    delta(1, "text_delta", text="Hi 😀"),
-    delta(1, "citations_delta", citation={"cited_text": "a"}),
-    stopped(1),
-    started(2, TOOL),
-    delta(2, "input_json_delta", partial_json='{"a":[1,'),
-    delta(2, "input_json_delta", partial_json='"\\ud83d\\n"]}'),
-    stopped(2),
-    started(3, {"type": "compaction", "content": None}),
-    delta(3, "compaction_delta", content="x"),
-    started(4, {"type": "fallback", "to": {"model": "claude-b"}}),
-    started(5, {"type": "hologram", "x": [1]}),
-    ended(),
-    STOP,
-]
-INSERTS = [
-    b'"',
-    b"\\",
-    b"{",
-    b"}",
-    b"[",
-    b",",
-    b":",
-    b"null",
-    b"NaN",
-    b"\xff",
-    b"\\ud800",
-    b"\x00",
-    b"1e9",
-    b"[" * 3000,
-]
-
-
-def damaged(stream: list[Event], chance: random.Random) -> list[Event]:
-    """A copy in which something is dropped, doubled, swapped, cut out, overwritten or inserted."""
-    damaged = list(stream)
-    for _ in range(chance.randint(1, 3)):
-        at, other = chance.randrange(len(damaged)), chance.randrange(len(damaged))
-        name, data = damaged[at].name, damaged[at].data
-        start = chance.randint(0, len(data))
-        insert = chance.choice(INSERTS)
-        match chance.randrange(6):
-            case 0:
-                del damaged[at]
-            case 1:
-                damaged.insert(other, damaged[at])
-            case 2:
-                damaged[at], damaged[other] = damaged[other], damaged[at]
-            case 3:
-                damaged[at] = Event(name, data[:start] + data[start + chance.randint(1, 9) :])
-            case 4:
-                damaged[at] = Event(name, data[:start] + insert + data[start + len(insert) :])
-            case 5:
-                damaged[at] = Event(name, data[:start] + insert + data[start:])
-    return damaged
-
-
-def test_whatever_comes_the_result_is_json_or_malformed() -> None:
-    collected(ZOO).message()
-    messages = 0
-    for seed in range(1500):
-        collector = Accumulator(partial_strings=seed % 2 == 0)
-        for one in damaged(ZOO, random.Random(seed)):
-            try:
-                collector.feed(one)
-            except Malformed:
-                continue  # feeding on after it makes no sense and yet raises nothing else
-        if collector.complete:
-            assert isinstance(json.loads(collector.message().decode()), dict), seed
-            messages += 1
-    assert 100 < messages < 1500
-
-
-def test_many_deltas_take_little_time() -> None:
-    deltas = [delta(0, "text_delta", text="Hello there")] * 30_000
-    begun = time.process_time()
-    message = written(started(0, TEXT), *deltas)
-    assert time.process_time() - begun < 1.5  # 0.3 s; copying the text for every delta takes far longer
-    assert len(message) > 330_000
+@pytest.mark.parametrize(
+    "stream",
+    [
+        [started(0, TOOL), spelt('{"a":"correct horse battery"x'), STOP],
+        [Event(b"content_block_delta", b'{"a":"correct horse battery')],
+        [Event(b"content_block_delta", b'{"a":"correct horse battery\xff"}')],
+    ],
+)
+def test_malformed_says_nothing_of_the_conversation(stream: list[Event]) -> None:
+    with pytest.raises(Malformed) as caught:
+        collected([START, *stream])
+    assert "horse" not in str(caught.value)
 
 
 # As Anthropic's own SDK reads it
@@ -824,139 +520,75 @@ def without_none(value: Any) -> Any:
     return [without_none(one) for one in value] if isinstance(value, list) else value
 
 
+CITATION = {
+    **{"type": "char_location", "cited_text": "green", "document_index": 0, "document_title": "Grass"},
+    **{"start_char_index": 0, "end_char_index": 5},
+}
+SEARCHED = {
+    "type": "web_search_tool_result",
+    "tool_use_id": "srvtoolu_1",
+    "content": [
+        {"type": "web_search_result", "title": "W", "url": "https://a.test/", "encrypted_content": "RW"}
+    ],
+}
 THOUGHTS = [
     started(0, THINKING),
     delta(0, "thinking_delta", thinking="Let me "),
-    delta(0, "thinking_delta", thinking="see.\n"),
+    delta(0, "thinking_delta", thinking="see.\n", estimated_tokens=3),
+    delta(0, "signature_delta", signature="no"),
     delta(0, "signature_delta", signature="c2lnbmVk"),
     stopped(0),
     started(1, {"type": "redacted_thinking", "data": "ZGF0YQ=="}),
     stopped(1),
-    started(2, TEXT),
+    started(2, {**TEXT, "citations": []}),
     delta(2, "text_delta", text="Hello, "),
     event("ping"),
     delta(2, "text_delta", text="wörld 😀"),
+    delta(2, "citations_delta", citation=CITATION),
     stopped(2),
-    ended(),
-]
-TOOLS = [
-    started(0, TEXT),
-    delta(0, "text_delta", text="I'll look."),
-    stopped(0),
-    started(1, TOOL),
-    delta(1, "input_json_delta", partial_json=""),
-    delta(1, "input_json_delta", partial_json='{"query": "a \\"b\\" 😀'),
-    delta(1, "input_json_delta", partial_json='", "n": [1, 2.5, null, true], "o": {}}'),
-    stopped(1),
-    started(2, {**TOOL, "id": "toolu_2"}),
-    stopped(2),
-    ended("tool_use", 89),
-]
-CITED = [
-    started(0, {**TEXT, "citations": []}),
-    delta(0, "text_delta", text="The grass is green."),
-    delta(
-        0,
-        "citations_delta",
-        citation={
-            "type": "char_location",
-            "cited_text": "green",
-            "document_index": 0,
-            "document_title": "Grass",
-            "start_char_index": 0,
-            "end_char_index": 5,
-        },
-    ),
-    delta(
-        0,
-        "citations_delta",
-        citation={
-            "type": "web_search_result_location",
-            "cited_text": "grass",
-            "encrypted_index": "RW4=",
-            "title": "Lawn",
-            "url": "https://example.com/",
-        },
-    ),
-    stopped(0),
     ended("stop_sequence", delta={"stop_reason": "stop_sequence", "stop_sequence": "END"}),
 ]
-SEARCHED = [
+TOOLS = [
     started(0, {"type": "server_tool_use", "id": "srvtoolu_1", "name": "web_search", "input": {}}),
-    delta(0, "input_json_delta", partial_json='{"query":'),
-    delta(0, "input_json_delta", partial_json=' "weather"}'),
+    spelt('{"query":'),
+    spelt(' "weather"}'),
     stopped(0),
-    started(
-        1,
-        {
-            "type": "web_search_tool_result",
-            "tool_use_id": "srvtoolu_1",
-            "content": [
-                {
-                    "type": "web_search_result",
-                    "title": "Weather",
-                    "url": "https://example.com/w",
-                    "encrypted_content": "RW5j",
-                    "page_age": "2 hours",
-                }
-            ],
-        },
-    ),
+    started(1, SEARCHED),
     stopped(1),
-    ended(
-        usage={
-            "input_tokens": 120,
-            "cache_creation_input_tokens": None,
-            "cache_read_input_tokens": 0,
-            "output_tokens": 33,
-            "server_tool_use": {"web_search_requests": 1, "web_fetch_requests": 0},
-        }
-    ),
+    started(2, TOOL),
+    spelt("", 2),
+    spelt('{"query": "a \\"b\\" 😀', 2),
+    spelt('", "n": [1, 2.5, null, true], "o": {}}', 2),
+    stopped(2),
+    ended("tool_use", usage={"input_tokens": 120, "cache_creation_input_tokens": None, "output_tokens": 33}),
 ]
+FALLBACK = {"type": "fallback", "from": {"model": "claude-a"}, "to": {"model": "claude-b"}}
 BETA = [
-    started(
-        0,
-        {
-            "type": "fallback",
-            "from": {"model": "claude-a"},
-            "to": {"model": "claude-b"},
-            "trigger": {"type": "refusal", "category": "cyber"},
-        },
-    ),
+    started(0, FALLBACK),
     stopped(0),
     started(1, {"type": "compaction", "content": None, "encrypted_content": None}),
     delta(1, "compaction_delta", content="So far: nothing.", encrypted_content="RW5j"),
     stopped(1),
     started(2, {"type": "mcp_tool_use", "id": "mcptoolu_1", "name": "n", "server_name": "s", "input": {}}),
-    delta(2, "input_json_delta", partial_json='{"a":1}'),
+    spelt('{"a":1}', 2),
     stopped(2),
-    event(
-        "message_delta",
-        delta={
-            "stop_reason": "end_turn",
-            "stop_sequence": None,
-            "container": {"id": "c", "expires_at": "2026-11-01T00:00:00Z"},
-        },
-        usage={
-            "output_tokens": 7,
-            "iterations": [{"type": "message", "input_tokens": 1, "output_tokens": 7}],
-        },
-        context_management={"applied_edits": []},
-        input_transformations=[],
-    ),
+    ended(usage={"output_tokens": 7}, context_management={"applied_edits": []}, input_transformations=[]),
 ]
 
 
-@pytest.mark.parametrize("middle", [THOUGHTS, TOOLS, CITED, SEARCHED])
-@pytest.mark.parametrize("sdk", [by_the_sdk, by_the_beta_sdk])
+@pytest.mark.parametrize(
+    ("middle", "sdk"),
+    [
+        (THOUGHTS, by_the_sdk),
+        (THOUGHTS, by_the_beta_sdk),
+        (TOOLS, by_the_sdk),
+        (TOOLS, by_the_beta_sdk),
+        (BETA, by_the_beta_sdk),
+    ],
+)
 def test_the_sdk_reads_the_same_message(middle: list[Event], sdk: Callable[[list[Event]], Any]) -> None:
     stream = [START, *middle, STOP]
     assert without_none(json.loads(collected(stream).message())) == without_none(sdk(stream))
-
-
-def test_the_beta_sdk_reads_the_same_message_of_beta_blocks() -> None:
-    stream = [START, *BETA, STOP]
-    assert without_none(json.loads(collected(stream).message())) == without_none(by_the_beta_sdk(stream))
 
 
 @pytest.mark.parametrize("beta", ["", "fine-grained-tool-streaming-2025-05-14"])
@@ -972,7 +604,55 @@ def test_a_tool_input_is_repaired_as_the_sdk_does_wherever_it_is_cut(beta: str) 
         assert collector.repaired == (end < len(source))
 
 
-# ------------------------------------------------------------------------------- what hostile streams cost
+# Whatever comes, and what it costs
+
+INSERTS = [
+    *(sign.encode() for sign in '" \\ { } [ , : null NaN \x00 1e9 \\ud800'.split()),
+    b"\xff",
+    b"[" * 3000,
+]
+
+
+def damaged(stream: list[Event], chance: random.Random) -> list[Event]:
+    """A copy in which something is dropped, doubled, swapped, cut out, overwritten or inserted."""
+    damaged = list(stream)
+    for _ in range(chance.randint(1, 3)):
+        at, other = chance.randrange(len(damaged)), chance.randrange(len(damaged))
+        name, data = damaged[at].name, damaged[at].data
+        start = chance.randint(0, len(data))
+        insert = chance.choice(INSERTS)
+        match chance.randrange(6):
+            case 0:
+                del damaged[at]
+            case 1:
+                damaged.insert(other, damaged[at])
+            case 2:
+                damaged[at], damaged[other] = damaged[other], damaged[at]
+            case 3:
+                damaged[at] = Event(name, data[:start] + data[start + chance.randint(1, 9) :])
+            case 4:
+                damaged[at] = Event(name, data[:start] + insert + data[start + len(insert) :])
+            case 5:
+                damaged[at] = Event(name, data[:start] + insert + data[start:])
+    return damaged
+
+
+def test_whatever_comes_the_result_is_json_or_malformed() -> None:
+    blocks = [*TOOLS[6:11], started(3, {"type": "compaction"}), delta(3, "compaction_delta", content="x")]
+    stream = [START, *THOUGHTS[:8], *blocks, started(4, FALLBACK), ended(), STOP]
+    collected(stream).message()
+    messages = 0
+    for seed in range(1500):
+        collector = Accumulator(partial_strings=seed % 2 == 0)
+        for one in damaged(stream, random.Random(seed)):
+            try:
+                collector.feed(one)
+            except Malformed:
+                continue  # feeding on after it makes no sense and yet raises nothing else
+        if collector.complete:
+            assert isinstance(json.loads(collector.message().decode()), dict), seed
+            messages += 1
+    assert 100 < messages < 1500
 
 
 def seconds_for(*events: Event) -> float:
@@ -981,19 +661,23 @@ def seconds_for(*events: Event) -> float:
     return time.process_time() - began
 
 
-def test_ever_new_members_of_message_delta_cost_no_more_than_their_size() -> None:
-    deltas = [
+COSTLY = {
+    "many deltas": [started(0, TEXT), *[typed("Hello there")] * 30_000],
+    "ever new members of message_delta": [
         event("message_delta", delta={f"a{n}": 1}, usage={f"u{n}": n}, **{f"b{n}": 2}) for n in range(10_000)
-    ]
-    assert seconds_for(START, *deltas, STOP) < 2
+    ],
+    "a block that is stopped again and again": [
+        started(0, TOOL),
+        spelt('{"a":['),
+        *[spelt("1,"), stopped(0)] * 5_000,
+        spelt("1]}"),
+    ],
+}
 
 
-def test_a_block_that_is_stopped_again_and_again_costs_no_more_than_its_size() -> None:
-    pairs = [
-        piece for _ in range(5_000) for piece in (delta(0, "input_json_delta", partial_json="1,"), stopped(0))
-    ]
-    first, last = (delta(0, "input_json_delta", partial_json=text) for text in ('{"a":[', "1]}"))
-    assert seconds_for(START, started(0, TOOL), first, *pairs, last, stopped(0), STOP) < 2
+@pytest.mark.parametrize("middle", COSTLY.values(), ids=COSTLY)
+def test_a_stream_costs_no_more_than_its_size(middle: list[Event]) -> None:
+    assert seconds_for(START, *middle, STOP) < 2  # 0.3 s; copying what came before takes far longer
 
 
 def test_a_tool_input_of_very_many_tokens_that_was_cut_off_is_refused_in_bounded_time() -> None:

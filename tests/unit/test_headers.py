@@ -15,19 +15,10 @@ def up(*pairs, extra=()):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "anthropic-version",
-        "anthropic-beta",
-        "anthropic-workspace-id",
-        "anthropic-something-new",
-        "user-agent",
-        "x-stainless-retry-count",
-        "x-claude-code-session-id",
-        "x-app",
-        "traceparent",
-        "content-type",
-        "accept",
-    ],
+    (
+        "anthropic-version anthropic-beta anthropic-workspace-id anthropic-something-new user-agent "
+        "x-stainless-retry-count x-claude-code-session-id x-app traceparent content-type accept"
+    ).split(),
 )
 def test_what_the_client_sent_goes_on(name):
     assert (name, "v") in up((name, "v"))
@@ -38,26 +29,20 @@ def test_what_the_client_sent_goes_on(name):
     (
         "connection keep-alive proxy-authenticate proxy-authorization te trailer transfer-encoding upgrade "
         "host content-length expect origin cookie authorization x-api-key accept-encoding forwarded via "
-        "x-forwarded-for x-forwarded-host x-forwarded-anything x-real-ip cf-connecting-ip cf-ray"
+        "x-forwarded-for x-forwarded-host x-forwarded-anything x-real-ip cf-connecting-ip cf-ray "
+        # who the user is
+        "x-claude-gateway-user-id x-claude-gateway-user-email x-litellm-end-user-id x-auth-request-user "
+        "x-auth-request-email x-forwarded-email x-forwarded-user"
     ).split(),
 )
 def test_what_belongs_to_the_client_s_hop_stays_here(name):
-    sent = up((name, "theirs"))
-    assert "theirs" not in [value for _, value in sent]
+    assert sorted(up((name, "theirs"))) == [("accept-encoding", "identity"), CREDENTIAL]
 
 
 def test_headers_that_connection_names_stay_here():
     sent = up(("connection", "X-One, close"), ("x-one", "1"), ("x-two", "2"))
     assert [name for name, _ in sent if name.startswith("x-") and name != "x-api-key"] == ["x-two"]
-
-
-def test_exactly_one_credential_goes_out():
-    sent = up(("authorization", "Bearer sk-test-client"), ("x-api-key", "sk-test-client"))
-    assert [pair for pair in sent if pair[0] in ("authorization", "x-api-key")] == [CREDENTIAL]
-
-
-def test_the_upstream_is_asked_for_identity():
-    assert ("accept-encoding", "identity") in up(("accept-encoding", "gzip, br"))
+    assert to_client([("connection", "x-hop"), ("x-hop", "1")]) == []
 
 
 def test_configured_headers_replace_the_client_s():
@@ -76,23 +61,14 @@ def test_what_belongs_to_the_upstream_s_hop_stays_here(name):
     assert to_client([(name, "v")]) == []
 
 
-def test_everything_else_comes_back_repeated_headers_included():
-    pairs = [("request-id", "req_1"), ("anthropic-ratelimit-tokens-limit", "1"), ("x-a", "1"), ("x-a", "2")]
-    assert to_client(pairs) == pairs
+def test_everything_else_comes_back_repeated_headers_included_unless_it_is_no_header():
+    pairs = [("request-id", "req_1"), ("x-good", "caf\xe9"), ("x-a", "1"), ("x-a", "2")]
+    assert to_client([*pairs, ("x-bell", "a\x07b"), ("bad name", "v")]) == pairs
 
 
 def test_the_content_encoding_stays_unless_it_was_undone():
     assert to_client([("content-encoding", "gzip")]) == [("content-encoding", "gzip")]
     assert to_client([("content-encoding", "gzip")], decoded=True) == []
-
-
-def test_what_is_no_header_is_dropped():
-    pairs = [("x-bell", "a\x07b"), ("bad name", "v"), ("x-good", "caf\xe9")]
-    assert to_client(pairs) == [("x-good", "caf\xe9")]
-
-
-def test_headers_that_the_upstream_s_connection_names_stay_here():
-    assert to_client([("connection", "x-hop"), ("x-hop", "1")]) == []
 
 
 def test_the_media_type_is_told_without_its_parameters():
@@ -124,28 +100,16 @@ def test_retry_after_is_seconds_or_an_http_date(value, seconds):
 
 
 @pytest.mark.parametrize(
-    ("value", "sent"),
+    ("name", "value", "sent"),
     [
-        ("20", "20"),
-        ("0", "0"),
-        ("1.2", "2"),
-        ("Fri, 31 Dec 1999 23:59:59 GMT", "0"),
-        *((value, None) for value in ("inf", "nan", "-5", "soon", "")),
+        ("retry-after", "20", "20"),
+        ("retry-after", "0", "0"),
+        ("retry-after", "1.2", "2"),
+        ("retry-after", "Fri, 31 Dec 1999 23:59:59 GMT", "0"),
+        *(("retry-after", value, None) for value in ("inf", "nan", "-5", "soon", "")),
+        ("retry-after-ms", "1500", "1500"),
+        *(("retry-after-ms", value, None) for value in ("1.5", "-1", "inf")),
     ],
 )
-def test_a_client_gets_retry_after_in_whole_seconds_or_not_at_all(value, sent):
-    assert dict(to_client([("retry-after", value)])).get("retry-after") == sent
-
-
-@pytest.mark.parametrize(("value", "sent"), [("1500", "1500"), ("1.5", None), ("-1", None), ("inf", None)])
-def test_a_client_gets_retry_after_ms_only_where_it_is_a_number(value, sent):
-    assert dict(to_client([("retry-after-ms", value)])).get("retry-after-ms") == sent
-
-
-@pytest.mark.parametrize(
-    "name",
-    "x-claude-gateway-user-id x-claude-gateway-user-email x-litellm-end-user-id x-auth-request-user "
-    "x-auth-request-email x-forwarded-email x-forwarded-user".split(),
-)
-def test_who_the_user_is_stays_here(name):
-    assert name not in dict(to_upstream([(name, "someone")], CREDENTIAL, []))
+def test_a_client_gets_retry_after_as_a_whole_number_or_not_at_all(name, value, sent):
+    assert dict(to_client([(name, value)])).get(name) == sent

@@ -1,7 +1,5 @@
 """The last hour, minute by minute: what is counted where, what is forgotten, what a clock may do."""
 
-import threading
-
 import pytest
 from fakes import Clock
 
@@ -43,7 +41,7 @@ def test_each_minute_has_its_own_figures_and_the_latest_is_last(history, clock):
     assert minutes[-1].first_byte == pytest.approx(4.0, rel=0.15)
 
 
-@pytest.mark.parametrize("seconds", [0.0, 0.001, 0.05, 0.4, 2.0, 30.0, 119.0, 500.0, 1e6])
+@pytest.mark.parametrize("seconds", [0.0, 0.001, 0.05, 2.0, 119.0, 1e6])
 def test_a_median_is_right_to_an_eighth_within_the_sensible_range(history, seconds):
     for _ in range(9):
         history.attempt("a", seconds)
@@ -111,21 +109,6 @@ def test_upstreams_that_are_no_more_are_forgotten(history):
     history.attempt("b", 1.0)
     history.keep(["b", "c"])
     assert [history.of(name).answers for name in "abc"] == [0, 1, 0]
-
-
-def test_no_count_is_lost_between_threads(history):
-    def work():
-        for _ in range(500):
-            history.attempt("a", 1.0)
-            history.failed("a", "claude-x", "reason")
-            history.of("a")
-
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert (history.of("a").answers, history.of("a").failed) == (2000, 2000)
 
 
 def test_what_strangers_sent_can_be_shown_anywhere(history):

@@ -15,7 +15,6 @@ from aiproxy.transport.wait import (
     ClientLeft,
     ConnectTimeout,
     DeadlineExceeded,
-    Interrupted,
     Shutdown,
     ShuttingDown,
     Silent,
@@ -57,13 +56,13 @@ def test_a_wait_ends_with_an_upstream_that_is_reset(pair):
     readable(unwatched(), pair)  # the read that follows says what happened
 
 
-@pytest.mark.parametrize("way", [socket.SHUT_WR, socket.SHUT_RDWR])
+@pytest.mark.parametrize("way", [socket.SHUT_WR, socket.SHUT_RDWR], ids=["stops sending", "leaves"])
 def test_a_client_that_leaves_or_stops_sending_ends_the_wait_and_the_request(pair, way):
     here, there = socket.socketpair()
     with here, there, contextlib.closing(Shutdown()) as shutdown:
         wait = Wait(here, shutdown)
         there.shutdown(way)
-        assert seconds_until(ClientLeft, readable, wait, pair) < 0.2
+        assert seconds_until(ClientLeft, readable, wait, pair) < 5
         assert wait.ended is Fault.CLIENT_LEFT
 
 
@@ -89,21 +88,37 @@ def test_shutdown_ends_waits_that_run_and_those_that_begin_later(pair, shutdown)
     running, later = Wait(None, shutdown), Wait(None, shutdown)
     timer = threading.Timer(0.05, shutdown.end_waits)
     timer.start()
-    assert seconds_until(ShuttingDown, readable, running, pair) < 0.5
-    assert seconds_until(ShuttingDown, readable, later, pair) < 0.2
+    assert seconds_until(ShuttingDown, readable, running, pair) < 5
+    assert seconds_until(ShuttingDown, readable, later, pair) < 5
     assert (running.ended, later.ended) == (Fault.RESTART, Fault.RESTART)
     timer.join()
 
 
-@pytest.mark.parametrize(("graceful", "ends_after"), [(0.2, 0.1), (2.2, 0.2)])
+class Timer:
+    """Stands in for `threading.Timer`: notes what it is asked."""
+
+    def __init__(self, seconds, act):
+        self.seconds, self.act = seconds, act
+        self.asked = []
+
+    def start(self):
+        self.asked.append("start")
+
+    def cancel(self):
+        self.asked.append("cancel")
+
+
+@pytest.mark.parametrize(("graceful", "ends_after"), [(30, 28), (4, 2), (0.2, 0.1)])
 def test_a_stopping_worker_ends_waits_two_seconds_before_its_end_or_halfway(
-    pair, shutdown, graceful, ends_after
+    monkeypatch, graceful, ends_after
 ):
-    wait = Wait(None, shutdown)
-    wait.limit(total=5 if graceful < 1 else 1.2)
+    made = []
+    monkeypatch.setattr("threading.Timer", lambda *given: made.append(Timer(*given)) or made[-1])
+    shutdown = Shutdown()
     shutdown.begin(graceful)
-    took = seconds_until(Interrupted, readable, wait, pair)
-    assert ends_after <= took < ends_after + 0.9 + (graceful > 2)
+    shutdown.close()
+    (timer,) = made
+    assert (timer.seconds, timer.act, timer.asked) == (ends_after, shutdown.end_waits, ["start", "cancel"])
 
 
 def test_workers_share_no_shutdown(pair):
@@ -126,7 +141,7 @@ def test_the_total_is_not_prolonged_by_events(pair):
             readable(wait, pair)
             pair[1].recv(1)
             wait.renew()
-    assert 0.1 <= time.monotonic() - began < 0.4
+    assert 0.1 <= time.monotonic() - began < 5
 
 
 def test_silence_is_renewed_by_events_alone(pair):
@@ -139,7 +154,7 @@ def test_silence_is_renewed_by_events_alone(pair):
             readable(wait, pair)  # bytes come all the time, and no event
             pair[1].recv(1)
             time.sleep(0.001)
-    assert 0.1 <= time.monotonic() - began < 0.4
+    assert 0.1 <= time.monotonic() - began < 5
 
 
 def test_silence_does_not_count_what_passes_between_a_renewal_and_the_next_wait(pair):
@@ -155,7 +170,7 @@ def test_the_earliest_limit_ends_the_wait(pair):
     wait = unwatched()
     wait.limit(total=60, silence=60)
     wait.connect_by = time.monotonic() + 0.02
-    assert seconds_until(ConnectTimeout, readable, wait, pair) < 0.3
+    assert seconds_until(ConnectTimeout, readable, wait, pair) < 5
 
 
 def test_a_new_limit_takes_the_place_of_the_old(pair):
@@ -200,7 +215,7 @@ def test_a_released_descriptor_ends_nothing_any_more(pair):
 @pytest.mark.parametrize("may_leave", [False, True])
 def test_waiting_for_the_client_itself_ends_with_it(pair, shutdown, may_leave):
     wait = Wait(pair[1], shutdown)
-    assert seconds_until(Silent, wait.for_client, select.POLLIN, 0.02, may_leave) < 0.3
+    assert seconds_until(Silent, wait.for_client, select.POLLIN, 0.02, may_leave) < 5
     pair[0].send(b"x")
     wait.for_client(select.POLLIN, 1, may_leave)
     pair[0].shutdown(socket.SHUT_WR)
