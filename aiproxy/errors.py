@@ -5,7 +5,7 @@ the client's broken connection and hides it.
 """
 
 import json
-import uuid
+import os
 from http import HTTPStatus
 from typing import Any
 
@@ -78,7 +78,7 @@ def too_large(limit: int, code: str | None = None) -> ApiError:
 
 def new_request_id() -> str:
     """What joins the lines of one request in the log, and what the client gets."""
-    return f"req_{uuid.uuid4().hex[:24]}"
+    return f"req_{os.urandom(12).hex()}"
 
 
 def status_line(status: int) -> str:

@@ -114,10 +114,9 @@ class Usage:
         uses = self._figures.get("server_tool_use")
         return _count(uses.get(name)) or 0 if isinstance(uses, dict) else 0
 
-    def word(self, name: str) -> str | None:
-        """`speed`, `inference_geo` or `service_tier`."""
-        found = self._figures.get(name)
-        return found if isinstance(found, str) else None
+    def says(self, name: str, word: str) -> bool:
+        """Whether `speed`, `inference_geo` or `service_tier` has this value."""
+        return name in self._figures and self._figures[name] == word
 
     def _note_usage(self, fields: dict[str, bytes]) -> None:
         try:
@@ -131,8 +130,8 @@ class Usage:
         for name, value in figures.items():
             if value is not None:
                 self._figures[name] = value
-                if name in _COUNTS and (count := _count(value)) is not None:
-                    setattr(self, name, count)
+                if name in _COUNTS and type(value) is int and 0 <= value < _MOST:  # `True` is an `int`, too
+                    setattr(self, name, value)
 
 
 def characters(block: bytes) -> int:
@@ -151,4 +150,4 @@ class _Delta(msgspec.Struct):
 
 
 def _count(value: Any) -> int | None:
-    return value if type(value) is int and 0 <= value < _MOST else None  # `True` is an `int`, too
+    return value if type(value) is int and 0 <= value < _MOST else None

@@ -3,6 +3,7 @@
 from .keys import all_digests
 from .schema import default_ledger, load
 from .settings import (
+    LOOPBACK,
     BreakerSettings,
     Budget,
     ClientKey,
@@ -11,6 +12,7 @@ from .settings import (
     KeyLimits,
     LedgerSettings,
     LoggingSettings,
+    Network,
     Price,
     Secret,
     StateUrl,
@@ -24,6 +26,7 @@ from .settings import (
 from .sources import Sources, read_sources
 
 __all__ = [
+    "LOOPBACK",
     "BreakerSettings",
     "Budget",
     "ClientKey",
@@ -32,6 +35,7 @@ __all__ = [
     "KeyLimits",
     "LedgerSettings",
     "LoggingSettings",
+    "Network",
     "Price",
     "Secret",
     "Sources",

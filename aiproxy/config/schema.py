@@ -33,11 +33,13 @@ from .readers import (
     zero_or_more,
 )
 from .settings import (
+    LOOPBACK,
     BreakerSettings,
     Config,
     ConfigError,
     LedgerSettings,
     LoggingSettings,
+    Network,
     Secret,
     StateUrl,
     Substituted,
@@ -143,6 +145,13 @@ def _unix_socket(value: Value, text: str) -> str:
     if not os.path.isdir(os.path.dirname(path[1])):
         value.warn("is in a directory that does not exist yet")
     return path[1]
+
+
+def _network(value: Value) -> Network:
+    try:
+        return ipaddress.ip_network(value.text())
+    except ValueError:
+        return value.refuse("an address or a network, such as 10.0.0.5 or 10.0.0.0/24")
 
 
 def _base_url(value: Value) -> str:
@@ -441,6 +450,7 @@ _CONFIG: dict[str, Callable[[Value], Any]] = {
     "allow_anonymous": boolean,
     "affinity": one_of("none", "prompt_cache", "prefix"),
     "max_in_flight": whole("a whole number, 1 or more", 1),
+    "trusted_proxies": lambda value: (*LOOPBACK, *list_of(_network)(value)),
     "workers": _workers,
     "state": hidden(_state),
     "env_file": _env_file,

@@ -9,6 +9,9 @@ from urllib.parse import unquote, urlsplit
 
 import msgspec
 
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+LOOPBACK: tuple[Network, ...] = (ipaddress.IPv4Network("127.0.0.0/8"), ipaddress.IPv6Network("::1/128"))
+
 
 class Timeouts(msgspec.Struct, frozen=True):
     """How long an upstream may take, in seconds; all may be fractions.
@@ -173,7 +176,8 @@ class Config(msgspec.Struct, frozen=True):
     """The whole configuration; `warnings` are lines for the log, about what is odd and yet served.
 
     Where there is a `unix_socket` (its absolute path), `bind` and `port` count for nothing. `state` is
-    where processes share what they know, None if each is by itself. `budget` is that of all clients together.
+    where processes share what they know, None if each is by itself. Peers in `trusted_proxies` say who their
+    own client is. `budget` is that of all clients together.
     `fail_closed`: while the ledger is out of reach nobody who has a budget is served.
     """
 
@@ -188,6 +192,7 @@ class Config(msgspec.Struct, frozen=True):
     allow_anonymous: bool = False
     affinity: str = "prompt_cache"
     max_in_flight: int | None = None
+    trusted_proxies: tuple[Network, ...] = LOOPBACK
     workers: int = 1
     state: StateUrl | None = None
     env_file: str | None = None

@@ -14,8 +14,8 @@ _PICO = 1000  # pico-dollars in a nano-dollar: prices may have six digits after 
 _MILLION = 10**6
 #: How many times the price tokens of `speed: fast` cost, beside the exceptions.
 _FAST, _FAST_OF = 2, {"claude-opus-4-6": 6, "claude-opus-4-7": 6}
-#: What tokens of an `inference_geo` and of a `service_tier` cost, in millionths of the price.
-_GEO, _TIER = {"us": 1_100_000}, {"batch": 500_000}
+#: What tokens of `inference_geo: us` and of `service_tier: batch` cost, in millionths of the price.
+_US, _BATCH = 1_100_000, 500_000
 
 # Dollars per million tokens: input, output, cache read, cache write for 5 minutes, cache write for 1 hour.
 # Keys are prefixes of model names, the longest decides. Read on 2026-11-27 in
@@ -155,12 +155,12 @@ class Prices:
         """What some tokens of an answer cost; `longest_prompt` of the iterations that they are the sum of."""
         rates = self._rates(upstream, names, (longest_prompt or tokens.prompt) > _LONG_PROMPT)
         pico = rates.cost(tokens)
-        if usage.word("speed") == "fast":
+        if usage.says("speed", "fast"):
             pico *= next((times for name, times in _FAST_OF.items() if name in names[0]), _FAST)
-        if parts := _GEO.get(usage.word("inference_geo") or ""):
-            pico = pico * parts // _MILLION
-        if parts := _TIER.get(usage.word("service_tier") or ""):
-            pico = pico * parts // _MILLION
+        if usage.says("inference_geo", "us"):
+            pico = pico * _US // _MILLION
+        if usage.says("service_tier", "batch"):
+            pico = pico * _BATCH // _MILLION
         return Bill(tokens, pico=pico, is_priced=rates.is_known)
 
     def _found(self, upstream: str, names: tuple[str, ...], is_long: bool) -> Rates:

@@ -91,6 +91,11 @@ def exception(event: str, **fields: Value) -> None:
     _handler().put(_Line(time.time(), "ERROR", event, fields, trace))
 
 
+def dropped() -> int:
+    """Lines that this process could not write."""
+    return _handler().dropped
+
+
 def configure(settings: LoggingSettings) -> None:
     """Send this package's lines where the settings say, and nowhere else.
 
@@ -155,6 +160,7 @@ class _Handler(logging.Handler):
         self._spell = _as_text
         self._quiet_until = 0.0
         self.is_plain = True
+        self.dropped = 0  # lines
 
     def direct(self, settings: LoggingSettings) -> None:
         """From the next line on, write as the settings say."""
@@ -182,9 +188,10 @@ class _Handler(logging.Handler):
         try:
             self._out.write(text)
         except OSError as error:
+            self.dropped += 1
             self._complain(error)
-        except ValueError:
-            """It was closed, and standard error most likely too."""
+        except ValueError:  # it was closed, and standard error most likely too
+            self.dropped += 1
         finally:
             self.release()
 

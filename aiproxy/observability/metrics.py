@@ -5,6 +5,7 @@ for a limited number of names. Each worker counts for itself.
 """
 
 import threading
+import time
 from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
@@ -32,7 +33,13 @@ _CIRCUIT_STATES = ("closed", "half_open", "backoff", "open", "draining")
 _RELOADS = "aiproxy_reloads_total"
 #: Of several workers the largest figure is shown, not the sum: each one applies the same reload, and knows
 #: the same budgets.
-_LARGEST = ("aiproxy_build_info", "aiproxy_budget_used_ratio", _RELOADS)
+_LARGEST = (
+    "aiproxy_build_info",
+    "aiproxy_budget_used_ratio",
+    "aiproxy_last_reload_success",
+    "aiproxy_last_reload_timestamp_seconds",
+    _RELOADS,
+)
 _FIRST_BYTE = (0.1, 0.25, 0.5, 1, 1.5, 2, 3, 5, 7.5, 10, 15, 20, 30, 45, 60, 90, 120)
 _ANSWER = (0.5, 1, 2, 3, 5, 7.5, 10, 15, 20, 30, 45, 60, 90, 120, 180, 300, 450, 600)
 
@@ -132,6 +139,16 @@ class Metrics:
             self._request_counters[label, outcome, client] = counter
         counter.inc()
 
+    def refused(self, reason: str, client: str | None) -> None:
+        """A request that aiproxy itself refused; `reason` is the type of its error."""
+        self._refusals.labels(reason, "unknown" if client is None else _clean(client)).inc()
+
+    def load(self, in_flight: int, limit: int, dropped_lines: int) -> None:
+        """Requests in flight, how many there may be, and lines of the log that could not be written."""
+        self._in_flight.set(in_flight)
+        self._limit.set(limit)
+        self._dropped_lines.set(dropped_lines)
+
     def answer(self, upstream: str, seconds: float, report: Usage) -> None:
         """An answer that an upstream gave: seconds in all and the tokens that it says it used."""
         figures = self._answers.get(upstream)
@@ -177,6 +194,8 @@ class Metrics:
     def reloaded(self, result: str) -> None:
         """A changed configuration was found, and is in force ("applied") or is not ("refused")."""
         self._reloads.labels(result).inc()
+        self._last_reload.set(time.time())
+        self._last_reload_success.set(result == "applied")
 
     def exposition(self) -> tuple[bytes, str]:
         """Body and content type of the answer to Prometheus."""
@@ -223,6 +242,12 @@ class Metrics:
             "aiproxy_requests_total",
             "Requests that are done or were refused, by model, outcome and name of the client's key.",
             ("model", "outcome", "client"),
+            registry=into,
+        )
+        self._refusals = Counter(
+            "aiproxy_refused_total",
+            "Requests that aiproxy itself refused, by type of the error and name of the client's key.",
+            ("reason", "client"),
             registry=into,
         )
         self._attempts = Counter(
@@ -289,6 +314,26 @@ class Metrics:
             ("client", "period"),
             registry=into,
         )
+        self._in_flight = Gauge("aiproxy_in_flight", "Requests in flight.", registry=into)
+        self._limit = Gauge(
+            "aiproxy_in_flight_limit", "How many may be in flight; more get 529.", registry=into
+        )
+        self._dropped_lines = Gauge(
+            "aiproxy_log_dropped_lines",
+            "Lines of the log that could not be written, and were dropped.",
+            registry=into,
+        )
+        self._last_reload = Gauge(
+            "aiproxy_last_reload_timestamp_seconds",
+            "When a changed configuration was found last, Unix time; 0: not since the start.",
+            registry=into,
+        )
+        self._last_reload_success = Gauge(
+            "aiproxy_last_reload_success",
+            "1: the configuration file as it is now is in force; 0: it was refused.",
+            registry=into,
+        )
+        self._last_reload_success.set(1)
         self._dropped_rows = Gauge(
             "aiproxy_ledger_dropped_rows",
             "Rows of the ledger that were dropped, since it could not be written for a long time.",

@@ -181,7 +181,8 @@ class Exchange:
 
     def _billing(self, sent: int) -> Billing:
         billing = Billing(self._journal.prices, self.request)
-        billing.add_failed((each.attempt, each.failure.problem.fault) for each in self._failed)
+        if self._failed:
+            billing.add_failed((each.attempt, each.failure.problem.fault) for each in self._failed)
         if self._attempt is not None and self._outcome is not Outcome.ERROR:
             billing.add_answer(self._attempt, self._stream, sent)
         return billing
@@ -274,7 +275,7 @@ class Exchange:
         return [*kept, ("retry-after", str(math.ceil(min(waits))))] if waits else kept
 
     def _headers(self, attempt: Attempt | None, headers: Pairs) -> Pairs:
-        added = [("x-aiproxy-attempts", str(self._attempts))]
+        added = [("x-aiproxy-request-id", self.request.id), ("x-aiproxy-attempts", str(self._attempts))]
         if attempt is not None:
             added.append(("x-aiproxy-upstream", attempt.upstream.name))
         if value_of(headers, "request-id") is None:

@@ -127,19 +127,30 @@ class Journal:
             self._count(request, attempt, seconds, done)
             self._bill(request, attempt, seconds, done)
 
-    def refused(self, request_id: str, path: str, secrets: tuple[str, ...], error: ApiError) -> None:
-        """A request was refused before an upstream was asked."""
+    def refused(
+        self,
+        request_id: str,
+        path: str,
+        secrets: tuple[str, ...],
+        error: ApiError,
+        client: str | None,
+        address: str,
+    ) -> None:
+        """A request was refused before an upstream was asked; `client` is None where no key is known."""
         logs.redacted(
             self.redactor,
             logging.WARNING,
             "refused",
             secrets,
             id=request_id,
+            client=client,
+            address=address or None,
             status=error.status,
             reason=error.message,
         )
+        self._metrics.refused(error.type, client)
         if path == MESSAGES:
-            self._metrics.request("", "refused", "unknown")
+            self._metrics.request("", "refused", client or "unknown")
 
     def _count(self, request: Request, attempt: Attempt | None, seconds: float, done: Done) -> None:
         self._metrics.request(request.body.model, done.outcome.value, request.client)

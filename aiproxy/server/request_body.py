@@ -13,9 +13,11 @@ from ..errors import ApiError, too_large
 from ..transport.wait import ShuttingDown, Silent
 from .client import UPLOAD_SILENCE, ClientSocket, TlsClientSocket
 
-#: At most so many bytes, for so many seconds, are read of a body that is refused.
+#: At most so many bytes, for so many seconds, are read of a body that is refused, and with so many seconds
+#: of computing: a body in chunks of one byte each takes half a second per MB.
 DISCARD_BYTES = 256 * 1024 * 1024
 DISCARD_SECONDS = 30.0
+DISCARD_CPU = 0.5
 
 _PIECE = 1024 * 1024
 _DISCARDED = 64 * 1024  # gunicorn copies each piece several times
@@ -62,10 +64,12 @@ class RequestBody:
         ends = time.monotonic() + DISCARD_SECONDS
         if self._client is not None and self._client.serving is not None:
             self._client.serving.upload_by = ends
-        left = DISCARD_BYTES
-        while left > 0 and time.monotonic() < ends and (piece := self._any()):
+        left, computed = DISCARD_BYTES, time.thread_time() + DISCARD_CPU
+        while left > 0 and time.monotonic() < ends and time.thread_time() < computed:
+            if not (piece := self._any()):
+                return
             left -= len(piece)
-        self._is_unusable |= left <= 0 or time.monotonic() >= ends
+        self._is_unusable = True
 
     def give_up(self) -> None:
         """Read no more of it."""

@@ -38,7 +38,7 @@ _NO_BODY = body.Body(raw=b"", members={}, model="", stream=False)
 Forward = Callable[[Exchange], Reply]
 
 
-class Incoming(msgspec.Struct, frozen=True):
+class Incoming(msgspec.Struct):
     """What a request came with. Flask's own proxies cost a microsecond at each touch."""
 
     id: str
@@ -47,6 +47,15 @@ class Incoming(msgspec.Struct, frozen=True):
     method: str
     path: str
     body: RequestBody
+    key: ClientKey | None = None  # the client's, once it is known
+
+    @property
+    def address(self) -> str:
+        """The client's."""
+        environ = self.environ
+        return self.runtime.peers.client(
+            environ.get("REMOTE_ADDR", ""), environ.get("HTTP_X_FORWARDED_FOR", "")
+        )
 
 
 def create_blueprint(service: Service) -> flask.Blueprint:
@@ -153,13 +162,13 @@ def _forwarded(incoming: Incoming, forward: Forward, path: str | None = None) ->
     """Take a place in flight, send the request on, to `path` if it is not the client's, and answer."""
     began = time.monotonic()
     runtime = incoming.runtime
+    key = _check_key(incoming)  # before anything that others could miss
     place = runtime.in_flight.acquire()
     if place is None:
         busy = ApiError(529, "overloaded_error", "aiproxy has as many requests in flight as it may have.")
         return turn_away(busy, [("retry-after", "1")])
     exchange: Exchange | None = None
     try:
-        key = _check_key(incoming)
         if incoming.path == MESSAGES and runtime.budgets is not None:
             runtime.budgets.check(_name(key))
         request = _request(incoming, key, began)
@@ -207,6 +216,7 @@ def _check_key(incoming: Incoming) -> ClientKey | None:
     key = keys.owner(_client_headers(incoming.environ))
     if key is None:
         raise ApiError(401, "authentication_error", "The key is not one of aiproxy's.")
+    incoming.key = key
     expires = key.limits.expires
     if expires is not None and day_of(time.time()) > expires.isoformat():
         raise ApiError(401, "authentication_error", f"The key {key.name} was valid until {expires}.")
@@ -255,7 +265,8 @@ def _request(incoming: Incoming, key: ClientKey | None, began: float) -> Request
         wait=_wait(incoming),
         budget_headers=runtime.budgets.headers(_name(key)) if runtime.budgets is not None else [],
     )
-    _log_request(request, runtime.journal.redactor, runtime.config.logging.prompt_preview)
+    preview = runtime.config.logging.prompt_preview
+    _log_request(request, runtime.journal.redactor, preview, incoming.address)
     return request
 
 
@@ -281,7 +292,8 @@ def own_response(
     status: int, content: bytes, headers: Pairs | None = None, type_: str = "application/json"
 ) -> flask.Response:
     """An answer that no upstream had a part in."""
-    pairs = [("content-type", type_), ("request-id", current_request().id), *(headers or [])]
+    id_ = current_request().id
+    pairs = [("content-type", type_), ("request-id", id_), ("x-aiproxy-request-id", id_), *(headers or [])]
     made = Response(content, status=status_line(status))
     made.headers.clear()
     made.headers.extend([*pairs, ("content-length", str(len(content)))])
@@ -310,13 +322,14 @@ def _refusal(error: ApiError, headers: Pairs | None = None) -> flask.Response:
     incoming = current_request()
     incoming.body.discard()
     secrets = secrets_in(_client_headers(incoming.environ))
-    incoming.runtime.journal.refused(incoming.id, incoming.path, secrets, error)
+    client = _name(incoming.key)
+    incoming.runtime.journal.refused(incoming.id, incoming.path, secrets, error, client, incoming.address)
     response = own_response(error.status, error.body(incoming.id), [*error.headers, *(headers or [])])
     response.call_on_close(incoming.body.end)
     return response
 
 
-def _log_request(request: Request, redactor: Redactor, limit: int) -> None:
+def _log_request(request: Request, redactor: Redactor, limit: int, address: str) -> None:
     preview = redactor.text(request.body.preview(), limit, request.secrets) if limit else None
     logs.redacted(
         redactor,
@@ -326,6 +339,7 @@ def _log_request(request: Request, redactor: Redactor, limit: int) -> None:
         id=request.id,
         path=request.path if request.path != MESSAGES else None,
         client=request.client,
+        address=address or None,
         model=request.body.model or None,
         stream=request.body.stream,
         bytes=len(request.body.raw),

@@ -43,6 +43,7 @@ from .auth import ClientKeys
 from .client import Serving
 from .limits import SPARE, InFlight, KeyPlaces
 from .models import Models
+from .peer import Peers
 from .reload import Follower, LastGood, Start, changes
 from .status import Snapshot, Status, put_together, rows
 
@@ -61,6 +62,7 @@ class Runtime(msgspec.Struct, frozen=True):
     owners: Owners
     models: Models
     keys: ClientKeys
+    peers: Peers
     journal: Journal
     budgets: Budgets | None  # None without a ledger
     key_places: KeyPlaces
@@ -160,6 +162,7 @@ class Service:
     def update_gauges(self) -> None:
         """Tell the metrics how the circuits are now: time alone changes them."""
         self.metrics.circuits({each.name: each.state for each in self.runtime.balancer.upstreams})
+        self.metrics.load(self._in_flight.count, self._in_flight.limit, logs.dropped())
         budgets = self.runtime.budgets
         if budgets is not None and self.ledger is not None:
             shares = {(each.client or "all", each.period.name): each.share for each in budgets.every()}
@@ -321,6 +324,7 @@ class Service:
             owners=self._owners,
             models=models,
             keys=ClientKeys(config.api_keys),
+            peers=Peers(config.trusted_proxies),
             journal=journal,
             budgets=Budgets(config, self.ledger, time.time) if self.ledger is not None else None,
             key_places=self._key_places,

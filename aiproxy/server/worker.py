@@ -102,6 +102,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             "content-type: application/json",
             f"content-length: {len(body)}",
             f"request-id: {request_id}",
+            f"x-aiproxy-request-id: {request_id}",
             *(f"{name}: {value}" for name, value in error.headers),
             "\r\n",
         ]

@@ -856,7 +856,8 @@ def test_an_upstream_s_error_comes_back_verbatim(upstream, proxy):
     given = proxy(upstream(whole(422, body, headers=headers))).ask()
     assert (given.status, given.body) == (422, body)
     length = ("content-length", str(len(body)))
-    ours = [("x-aiproxy-upstream", "a"), ("x-aiproxy-attempts", "1")]
+    id_ = ("x-aiproxy-request-id", given.header("x-aiproxy-request-id"))
+    ours = [("x-aiproxy-upstream", "a"), ("x-aiproxy-attempts", "1"), id_]
     assert sorted(given.headers) == sorted([*headers[:4], length, *ours])
 
 

@@ -141,6 +141,7 @@ def test_a_whole_answer_is_told_in_three_lines(upstream, log):
     assert re.fullmatch("req_[0-9a-f]{24}", request["id"])
     assert request == {
         "id": request["id"],
+        "address": "127.0.0.1",
         "model": "claude-x",
         "stream": "false",
         "bytes": str(len(body)),
@@ -223,7 +224,8 @@ def test_a_refusal_has_a_line_with_its_reason(log):
     (refused,) = log()
     assert (refused.level, refused.event) == ("WARNING", "refused")
     assert refused == {
-        "id": response.json["request_id"],
+        "id": response.headers["x-aiproxy-request-id"],
+        "address": "127.0.0.1",
         "status": "400",
         "reason": response.json["error"]["message"],
     }

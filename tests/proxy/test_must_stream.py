@@ -112,6 +112,7 @@ def test_the_answer_s_other_headers_come_back(upstream, proxy):
             ("content-length", str(len(given.body))),
             ("x-aiproxy-upstream", "a"),
             ("x-aiproxy-attempts", "1"),
+            ("x-aiproxy-request-id", given.header("x-aiproxy-request-id")),
         ]
     )
 

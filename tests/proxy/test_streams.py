@@ -107,6 +107,7 @@ def test_headers_of_a_stream_come_back_and_its_length_does_not(upstream, proxy):
         ("content-type", "text/event-stream; charset=utf-8"),
         ("request-id", "req_1"),
         ("x-aiproxy-attempts", "1"),
+        ("x-aiproxy-request-id", given.header("x-aiproxy-request-id")),
         ("x-aiproxy-upstream", "a"),
         ("x-new", "1"),
     ]

@@ -58,6 +58,7 @@ def busy(metrics):
     metrics.stream_began()
     metrics.circuits({"one": "closed", "two": "open"})
     metrics.reloaded("applied")
+    metrics.refused("billing_error", "alice")
     metrics.cost("alice", "claude-x", "complete", 0.25)
     metrics.ledger({("alice", "daily"): 0.5}, 0)
     return metrics
@@ -169,7 +170,13 @@ def test_the_exposition_is_prometheus_text_about_nothing_else():
         "aiproxy_client_tokens_total": "counter",
         "aiproxy_cost_dollars_total": "counter",
         "aiproxy_first_byte_seconds": "histogram",
+        "aiproxy_in_flight": "gauge",
+        "aiproxy_in_flight_limit": "gauge",
+        "aiproxy_last_reload_success": "gauge",
+        "aiproxy_last_reload_timestamp_seconds": "gauge",
         "aiproxy_ledger_dropped_rows": "gauge",
+        "aiproxy_log_dropped_lines": "gauge",
+        "aiproxy_refused_total": "counter",
         "aiproxy_reloads_total": "counter",
         "aiproxy_requests_total": "counter",
         "aiproxy_streams_in_flight": "gauge",
@@ -374,7 +381,7 @@ def test_an_upstream_vanishes_when_the_last_worker_forgot_it():
 # What deploy/ makes of the figures
 
 #: Labels that Prometheus itself adds or that mark a histogram's buckets.
-ADDED = {"instance", "job", "le"}
+ADDED = {"instance", "job", "le", "up"}
 
 
 def dashboard():
@@ -412,6 +419,8 @@ def test_dashboard_and_alerts_ask_for_what_there_is():
     shown = shown_labels()
     for expression, told in queries():
         names = set(re.findall(r"\baiproxy_\w+", expression))
+        if expression.startswith("up{"):  # Prometheus's own
+            continue
         assert names
         assert names <= shown.keys()
         known = ADDED.union(*(shown[name] for name in names))
@@ -450,7 +459,7 @@ def test_the_dashboard_can_be_imported_anywhere():
 
 
 def test_each_alert_says_what_to_do():
-    assert len(alerts()) == 4
+    assert len(alerts()) == 7
     for rule in alerts():
         assert re.fullmatch(r"[1-9]\d*m", rule["for"])
         assert rule["labels"]["severity"] in ("warning", "critical")
