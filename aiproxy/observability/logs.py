@@ -40,17 +40,23 @@ _CONTROL = re.compile(rf"[\x00-\x1f]|{_UNSAFE.pattern}")
 
 
 def redacted(redactor: Redactor, level: int, event: str, secrets: Iterable[str], **fields: Value) -> None:
-    """As `line`, where strangers had a part; `prompt` and `headers` have been redacted and cut."""
+    """As `line`, where strangers had a part; `prompt` and `headers` have been redacted and cut.
+
+    Raises nothing: a fault of ours in here is logged as a bug, and the request goes on.
+    """
     if not _LOGGER.isEnabledFor(level):
         return
-    texts = {
-        name: value
-        for name, value in fields.items()
-        if value is not None and isinstance(value, str) and name not in ("prompt", "headers")
-    }
-    if redactor.may_hold_secret("\n".join(texts.values()), secrets):
-        fields |= {name: redactor.text(value, FIELD, secrets) for name, value in texts.items()}
-    line(level, event, **fields)
+    try:
+        texts = {
+            name: value
+            for name, value in fields.items()
+            if value is not None and isinstance(value, str) and name not in ("prompt", "headers")
+        }
+        if redactor.may_hold_secret("\n".join(texts.values()), secrets):
+            fields |= {name: redactor.text(value, FIELD, secrets) for name, value in texts.items()}
+        _handler().put(_Line(time.time(), logging.getLevelName(level), event, fields))
+    except Exception:
+        exception("bug", id=fields.get("id"))
 
 
 def headers(

@@ -51,7 +51,10 @@ _ERROR_READ = 65536
 
 
 class Journal:
-    """Thread-safe. Metrics and history are about messages alone: the counting of tokens would blur them."""
+    """Thread-safe. Metrics and history are about messages alone: the counting of tokens would blur them.
+
+    No report fails a request: a part that raises is a bug, and the other parts are done all the same.
+    """
 
     def __init__(
         self, redactor: Redactor, metrics: Metrics, history: History, prices: Prices, ledger: Ledger | None
@@ -87,16 +90,23 @@ class Journal:
             upstream_request_id=attempt.upstream_request_id,
             error=error,
         )
-        if request.path == MESSAGES:
+        if request.path != MESSAGES:
+            return
+        try:
             self._metrics.attempt(attempt.upstream.name, verdict, attempt.first_byte)
             self._history.attempt(attempt.upstream.name, attempt.first_byte if failure is None else None)
             if failure is not None and failure.problem.fault not in _NOT_ITS_FAULT:
                 self._remember(request, attempt, _reason(failure))
+        except Exception:
+            logs.exception("bug", id=request.id)
 
     def streaming(self, request: Request) -> None:
         """The answer is a stream, which goes on until `done`."""
-        if request.path == MESSAGES:
-            self._metrics.stream_began()
+        try:
+            if request.path == MESSAGES:
+                self._metrics.stream_began()
+        except Exception:
+            logs.exception("bug", id=request.id)
 
     def done(self, request: Request, attempt: Attempt | None, done: Done) -> None:
         """A request is over; `attempt` is the one whose answer, or whose error, the client got."""
@@ -123,9 +133,11 @@ class Journal:
             cache_write_tokens=usage.cache_creation_input_tokens,
             upstream_request_id=attempt.upstream_request_id if attempt is not None else None,
         )
-        if request.path == MESSAGES:
-            self._count(request, attempt, seconds, done)
-            self._bill(request, attempt, seconds, done)
+        for part in (self._count, self._bill) if request.path == MESSAGES else ():
+            try:
+                part(request, attempt, seconds, done)
+            except Exception:
+                logs.exception("bug", id=request.id)
 
     def refused(
         self,
@@ -137,20 +149,23 @@ class Journal:
         address: str,
     ) -> None:
         """A request was refused before an upstream was asked; `client` is None where no key is known."""
-        logs.redacted(
-            self.redactor,
-            logging.WARNING,
-            "refused",
-            secrets,
-            id=request_id,
-            client=client,
-            address=address or None,
-            status=error.status,
-            reason=error.message,
-        )
-        self._metrics.refused(error.type, client)
-        if path == MESSAGES:
-            self._metrics.request("", "refused", client or "unknown")
+        try:
+            logs.redacted(
+                self.redactor,
+                logging.WARNING,
+                "refused",
+                secrets,
+                id=request_id,
+                client=client,
+                address=address or None,
+                status=error.status,
+                reason=error.message,
+            )
+            self._metrics.refused(error.type, client)
+            if path == MESSAGES:
+                self._metrics.request("", "refused", client or "unknown")
+        except Exception:
+            logs.exception("bug", id=request_id)
 
     def _count(self, request: Request, attempt: Attempt | None, seconds: float, done: Done) -> None:
         self._metrics.request(request.body.model, done.outcome.value, request.client)

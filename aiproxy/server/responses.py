@@ -60,9 +60,9 @@ def response(status: int, headers: Pairs, body: Body, length: int | None) -> fla
     """The Flask response of a reply; `length` in bytes, None for a stream."""
     made = Response(body, status=status_line(status), direct_passthrough=True)
     made.headers.clear()
-    made.headers.extend(headers)
     if length is not None:
-        made.headers["content-length"] = str(length)
+        headers = [*headers, ("content-length", str(length))]
+    made.headers.extend(headers)
     return made
 
 
