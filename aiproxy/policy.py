@@ -18,6 +18,7 @@ class Fault(StrEnum):
     BROKEN = "broken"  # the answer broke off before the commit point, or was over the size limits
     TIMEOUT = "timeout"  # the request was sent, and no answer came in time
     NO_ANSWER = "no_answer"  # a status below 400 with something that is not a Messages API answer
+    TOKEN = "token"  # the upstream's token is being fetched anew
     ERROR = "error"  # an error answer: an HTTP status of 400 or more, or an error in a 200
     CLIENT_LEFT = "client_left"
     RESTART = "restart"  # the worker process stops
@@ -96,6 +97,7 @@ _FAULTS = {
     Fault.BROKEN: _UPSTREAM_FAILURE,
     Fault.NO_ANSWER: _UPSTREAM_FAILURE,
     Fault.TIMEOUT: Decision(try_next=True, cost=Cost.LATE),
+    Fault.TOKEN: Decision(try_next=True, cost=Cost.NONE),
     Fault.CLIENT_LEFT: _STOP,
     Fault.RESTART: _STOP,
 }
@@ -115,6 +117,8 @@ def decide(problem: Problem, models: tuple[str, ...] = (), is_bound: bool = Fals
     better after a 4xx.
     """
     if problem.fault is not Fault.ERROR or problem.status is None:
+        if problem.fault is Fault.TOKEN and is_bound:
+            return _STOP  # the request waits for the token
         return _FAULTS.get(problem.fault, _UPSTREAM_FAILURE)
     decision = _error(problem, problem.status, models)
     if is_bound and problem.status < 500:

@@ -15,6 +15,7 @@ import msgspec
 from ..errors import ApiError
 
 _MEMBERS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_THINKING = re.compile(rb'"type"\s*:\s*"(?:redacted_)?thinking"')
 _WHITE_SPACE = re.compile(r"[ \t\n\r]*")
 #: Members that may name further models.
 _NAME_MODELS = ("fallbacks", "tools")
@@ -63,6 +64,16 @@ class Body(msgspec.Struct, frozen=True):
             for piece in (b",", msgspec.json.encode(name), b":", value)
         ]
         return b"".join([b"{", *pieces[1:], b"}"])
+
+    @property
+    def has_thinking(self) -> bool:
+        """Whether a message carries a thinking block, which only the model that wrote it can continue."""
+        return _THINKING.search(self.members.get("messages", b"")) is not None
+
+    def with_model(self, model: str) -> "Body":
+        """The same body for another model."""
+        members = {**self.members, "model": msgspec.json.encode(model)}
+        return Body(self.spliced(model, self.stream), members, model, self.stream)
 
     def named_models(self) -> Iterator[str]:
         """Every model that the body asks for: its own, and those of `fallbacks` and of tools."""

@@ -37,19 +37,33 @@ _TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9a-z]+")
 _VALUE = re.compile(r"[\t\x20-\x7e\x80-\xff]*")
 
 
-def to_upstream(client: Iterable[tuple[str, str]], credential: tuple[str, str], extra: Pairs) -> Pairs:
+def to_upstream(
+    client: Iterable[tuple[str, str]],
+    credential: tuple[str, str],
+    extra: Pairs,
+    removed: frozenset[str] = frozenset(),
+) -> Pairs:
     """The request headers an upstream gets.
 
-    `credential` is the upstream's own, the only one that goes out; `extra` are those its
-    configuration adds, which replace the client's of the same name.
+    `credential` is the upstream's own, the only one that goes out; `extra` are those its configuration
+    adds, which replace the client's of the same name; `removed` are names that it does not get.
     """
-    dropped = _named_by_connection(client) | HOP_BY_HOP | _REQUEST_ONLY_HERE | {name for name, _ in extra}
+    dropped = _named_by_connection(client) | HOP_BY_HOP | _REQUEST_ONLY_HERE | removed
+    dropped |= {name for name, _ in extra}
     kept = [
         (name, value)
         for name, value in client
         if name not in dropped and not name.startswith(_REQUEST_PREFIXES_ONLY_HERE)
     ]
     return [*kept, *extra, ("accept-encoding", "identity"), credential]
+
+
+def with_betas(headers: Pairs, drop: Iterable[str], add: Iterable[str]) -> Pairs:
+    """The headers with other values of `anthropic-beta`, without one where none is left."""
+    named = [beta.strip() for name, value in headers if name == "anthropic-beta" for beta in value.split(",")]
+    left = dict.fromkeys([*(beta for beta in named if beta and beta not in drop), *add])
+    others = [pair for pair in headers if pair[0] != "anthropic-beta"]
+    return [*others, ("anthropic-beta", ",".join(left))] if left else others
 
 
 def to_client(upstream: Pairs, decoded: bool = False) -> Pairs:

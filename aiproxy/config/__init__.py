@@ -4,6 +4,7 @@ from .keys import all_digests
 from .schema import default_ledger, load
 from .settings import (
     LOOPBACK,
+    Betas,
     BreakerSettings,
     Budget,
     ClientKey,
@@ -27,6 +28,7 @@ from .sources import Sources, read_sources
 
 __all__ = [
     "LOOPBACK",
+    "Betas",
     "BreakerSettings",
     "Budget",
     "ClientKey",

@@ -34,6 +34,7 @@ from .readers import (
 )
 from .settings import (
     LOOPBACK,
+    Betas,
     BreakerSettings,
     Config,
     ConfigError,
@@ -262,6 +263,32 @@ def _header_name(value: Value) -> str:
     return name
 
 
+def _removed_header(value: Value) -> str:
+    name = value.text().lower()
+    if not _HEADER_NAME.fullmatch(name):
+        raise Fault("is no name of a header, expected letters, digits and hyphens")
+    return name
+
+
+def _word(value: Value) -> str:
+    """A word of a command."""
+    text = value.text()
+    if not text or "\0" in text:
+        value.refuse("a word of the command")
+    return text
+
+
+def _beta(value: Value) -> str:
+    text = value.text()
+    if not re.fullmatch(r"[\w.-]+", text, re.ASCII):
+        value.refuse("the name of a beta, such as context-1m-2025-08-07")
+    return text
+
+
+def _betas(value: Value) -> tuple[str, ...]:
+    return tuple(list_of(_beta)(value))
+
+
 def _header_value(value: Value) -> Secret:
     text = value.text()
     if not _HEADER_VALUE.fullmatch(text):
@@ -355,8 +382,10 @@ def _upstream(value: Value) -> UpstreamSettings:
     base_url = found.get("base_url") or ""
     if "base_url" not in found:
         value.fault("is missing, expected a URL such as https://api.anthropic.com", "base_url")
-    if "token" not in found and not base_url.startswith("demo:"):
+    if "token" not in found and not found.get("token_command") and not base_url.startswith("demo:"):
         value.fault("is missing, expected a key, such as ${ANTHROPIC_API_KEY}", "token")
+    if found.get("token") and found.get("token_command"):
+        value.fault("is of no use beside token, expected one of both", "token_command")
     _check_way(value, base_url, found)
     available = found.get("available_models")
     for model in found.get("model_mappings") or ():
@@ -425,6 +454,11 @@ _UPSTREAM: dict[str, Callable[[Value], Any]] = {
     "ca_bundle": _ca_bundle,
     "prices": mapping_of(_model_key, price_of),
     "price_multiplier": above_zero,
+    "token_command": lambda value: tuple(list_of(_word)(value)),
+    "token_lifetime": above_zero,
+    "betas": section(Betas, {"drop": _betas, "add": _betas}),
+    "remove_headers": lambda value: frozenset(list_of(_removed_header)(value)),
+    "organization": name_of,
 }
 
 _TIMEOUTS = {"connect": above_zero, "first_byte": above_zero, "answer": above_zero, "idle": above_zero}
@@ -450,6 +484,7 @@ _CONFIG: dict[str, Callable[[Value], Any]] = {
     "allow_anonymous": boolean,
     "affinity": one_of("none", "prompt_cache", "prefix"),
     "max_in_flight": whole("a whole number, 1 or more", 1),
+    "fallback_models": mapping_of(_model_key, _model),
     "trusted_proxies": lambda value: (*LOOPBACK, *list_of(_network)(value)),
     "workers": _workers,
     "state": hidden(_state),

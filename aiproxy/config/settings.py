@@ -147,6 +147,13 @@ class Substituted(msgspec.Struct, frozen=True):
         return any(len(value) >= 4 and value in text for value in self.values)
 
 
+class Betas(msgspec.Struct, frozen=True):
+    """Which values of `anthropic-beta` an upstream does not get, and which it gets in any case."""
+
+    drop: tuple[str, ...] = ()
+    add: tuple[str, ...] = ()
+
+
 class UpstreamSettings(msgspec.Struct, frozen=True):
     """One upstream, enabled or not.
 
@@ -154,6 +161,8 @@ class UpstreamSettings(msgspec.Struct, frozen=True):
     `available_models` are client names (none listed: every model), header names are in lower case. `proxy`
     is the http:// URL of a forward proxy, with its password; `ca_bundle` the absolute path of a file.
     `prices` are this upstream's own, by model; every cost is multiplied by `price_multiplier`.
+    `token_command` prints the token, which lives for `token_lifetime` seconds. `remove_headers`: names of
+    request headers that it does not get. Upstreams of one `organization` share thinking blocks and caches.
     """
 
     name: str
@@ -170,14 +179,20 @@ class UpstreamSettings(msgspec.Struct, frozen=True):
     ca_bundle: str | None = None
     prices: dict[str, Price] = {}
     price_multiplier: float = 1.0
+    token_command: tuple[str, ...] = ()
+    token_lifetime: float = 3000.0
+    betas: Betas = Betas()
+    remove_headers: frozenset[str] = frozenset()
+    organization: str = ""
 
 
 class Config(msgspec.Struct, frozen=True):
     """The whole configuration; `warnings` are lines for the log, about what is odd and yet served.
 
     Where there is a `unix_socket` (its absolute path), `bind` and `port` count for nothing. `state` is
-    where processes share what they know, None if each is by itself. Peers in `trusted_proxies` say who their
-    own client is. `budget` is that of all clients together.
+    where processes share what they know, None if each is by itself. `fallback_models`: what is asked where
+    every upstream lacks capacity for the first model. Peers in `trusted_proxies` say who their own client is.
+    `budget` is that of all clients together.
     `fail_closed`: while the ledger is out of reach nobody who has a budget is served.
     """
 
@@ -191,6 +206,7 @@ class Config(msgspec.Struct, frozen=True):
     api_keys: tuple[ClientKey, ...] = ()
     allow_anonymous: bool = False
     affinity: str = "prompt_cache"
+    fallback_models: dict[str, str] = {}
     max_in_flight: int | None = None
     trusted_proxies: tuple[Network, ...] = LOOPBACK
     workers: int = 1

@@ -26,10 +26,19 @@ class Redactor:
     def __init__(self, tokens: Iterable[str], keys: Iterable[str] = (), headers: Iterable[str] = ()) -> None:
         """`tokens`: the upstreams'; `keys`: the clients'; `headers`: names of those that are configured."""
         self._headers = frozenset(headers)
-        tokens = _worth_hiding(tokens)
-        self._secrets = [(secret, _core(secret)) for secret in (*tokens, *_worth_hiding(keys))]
+        self._known = _worth_hiding(tokens)
+        self._keys = _worth_hiding(keys)
+        self._learn()
+
+    def learn(self, token: str) -> None:
+        """Hide another token from now on, which a command has printed. Called by one thread at a time."""
+        self._known = [*self._known, *_worth_hiding([token])]
+        self._learn()
+
+    def _learn(self) -> None:
+        self._secrets = [(secret, _core(secret)) for secret in (*self._known, *self._keys)]
         self._longest = max((len(secret) for secret, _ in self._secrets), default=0)
-        self._tokens = re.compile(_any_of(tokens)) if tokens else None
+        self._tokens = re.compile(_any_of(self._known)) if self._known else None
 
     def text(self, text: str, limit: int, secrets: Iterable[str] = ()) -> str:
         """At most `limit` characters of `text`; `secrets` are the request's own.

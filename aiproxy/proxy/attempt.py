@@ -16,9 +16,9 @@ import msgspec
 from ..api import MESSAGES, sse
 from ..api.accumulate import Accumulator, Malformed
 from ..api.body import members, text
-from ..api.headers import Pairs, media_type, seconds_of, to_client, to_upstream, value_of
+from ..api.headers import Pairs, media_type, seconds_of, to_client, to_upstream, value_of, with_betas
 from ..api.usage import Usage
-from ..config import Timeouts
+from ..config import Betas, Timeouts
 from ..errors import error_body, type_of_status
 from ..observability import logs
 from ..observability.redaction import Redactor
@@ -43,6 +43,7 @@ _SAMPLE = 4096
 
 _JSON, _EVENTS = "application/json", "text/event-stream"
 _MEDIA_TYPE = re.compile(r"(?:text|application|image|audio|video|multipart)/[a-z0-9.+-]{1,40}")
+_NO_BETAS = Betas()
 _BEFORE_CONTENT = frozenset({b"message_start", b"ping"})
 _PARTIAL_STRINGS = "fine-grained-tool-streaming-2025-05-14"
 
@@ -87,6 +88,7 @@ class Attempt:
         self.upstream_request_id: str | None = None
         self.first_byte: float | None = None  # seconds from the attempt's start to the answer's head
         self.reconnected = False
+        self.token: str | None = None  # the upstream's, that was sent
         self.was_sent = False  # the upstream may have got the request
         self.model = candidate.upstream.model_for(request.body.model)
         self._tools = tools
@@ -117,7 +119,10 @@ class Attempt:
         return outcome
 
     def _run(self) -> Answer | Failure:
-        response = self._response = self._send()
+        self.token = self.upstream.token
+        if self.token is None:
+            return Failure.of(Fault.TOKEN, "its token is being fetched")
+        response = self._response = self._send(self.token)
         self.was_sent = True
         self.first_byte = time.monotonic() - self._began
         self.status = response.status
@@ -134,11 +139,14 @@ class Attempt:
             return self._whole(response)
         return self._accumulated(response) if self._accumulates else self._stream(response)
 
-    def _send(self) -> UpstreamResponse:
+    def _send(self, token: str) -> UpstreamResponse:
         """Send the request; once more on a fresh connection if a kept one turns out to be dead."""
         body = self._request.body.spliced(self.model, self._streams or self._request.body.stream)
-        headers = to_upstream(self._request.headers, self.upstream.credential, self.upstream.extra_headers)
         settings = self.upstream.settings
+        extra, credential = self.upstream.extra_headers, self.upstream.credential(token)
+        headers = to_upstream(self._request.headers, credential, extra, settings.remove_headers)
+        if settings.betas != _NO_BETAS:
+            headers = with_betas(headers, settings.betas.drop, settings.betas.add)
         url = self.upstream.url(self._request.path, self._request.query)
         outgoing = Outgoing(self._request.method, url, headers, body, settings.proxy, settings.ca_bundle)
         self._log_headers("upstream_request", headers)
@@ -291,6 +299,9 @@ class Attempt:
     def _error(self, status: int | None, body: bytes, headers: Pairs) -> Failure:
         """An error answer; without an HTTP `status` of 400 or more, its type says which one it counts as."""
         problem = problem_of(body, status, seconds_of(value_of(headers, "retry-after")))
+        command = self.upstream.token_command
+        if problem.status == 401 and command is not None and command.refused(self.token or ""):
+            return Failure.of(Fault.TOKEN, "its token was refused, and is fetched anew", body)
         is_decoded = self._response is not None and self._response.is_decoded
         return Failure(problem, f"status {problem.status}", to_client(headers, is_decoded), body)
 

@@ -88,6 +88,19 @@ class Exchange:
         """Whether each upstream that was asked, if any was, does not have this endpoint."""
         return len(self.lacking) == self._attempts
 
+    @property
+    def without_token(self) -> list[Attempt]:
+        """Of each upstream the latest attempt, if it failed because the token is being fetched anew."""
+        latest = {each.attempt.upstream: each for each in self._failed}
+        return [each.attempt for each in latest.values() if each.failure.problem.fault is Fault.TOKEN]
+
+    @property
+    def lacks_capacity(self) -> bool:
+        """Whether every attempt failed by overload, limits or timeouts, and the request is not over."""
+        problems = [each.failure.problem for each in self._failed]
+        lacking = [each.fault is Fault.TIMEOUT or each.status in (429, 503, 529) for each in problems]
+        return bool(lacking) and all(lacking) and self.request.wait.ended is None
+
     def begin(self, candidate: Candidate) -> None:
         """An attempt at the candidate is under way."""
         self._attempts += 1
@@ -280,6 +293,8 @@ class Exchange:
             added.append(("x-aiproxy-upstream", attempt.upstream.name))
         if value_of(headers, "request-id") is None:
             added.append(("request-id", self.request.id))
+        if self.request.asked_model is not None and attempt is not None:
+            added.append(("x-aiproxy-model", self.request.body.model))
         budget = self.request.budget_headers
         if budget:
             headers = [pair for pair in headers if not pair[0].startswith(UNIFIED)]

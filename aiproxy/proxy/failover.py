@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 
 from ..errors import ApiError
+from ..transport.wait import Interrupted
 from ..upstreams.affinity import key_of, rank
 from ..upstreams.balancer import Balancer, Candidate
 from ..upstreams.message_threads import Owners, continued_message
@@ -35,12 +36,23 @@ class Failover:
 
         Raises `ApiError` 404 where no upstream serves the model.
         """
+        reply = self._ask(exchange)
+        fallback = exchange.request.fallback_model
+        if reply is None and fallback is not None and exchange.lacks_capacity and self._takes(fallback):
+            exchange.request = exchange.request.fallen_back(fallback)
+            reply = self._ask(exchange)
+        return reply or exchange.best_failure()
+
+    def _takes(self, model: str) -> bool:
+        return any(not upstream.draining for upstream in self._balancer.serving(model))
+
+    def _ask(self, exchange: Exchange) -> Reply | None:
         request = exchange.request
         serving = self._serving(request)
         key = self._affinity_key(request)
         preferred = [*self._thread_owner(request, serving), *(rank(serving, key) if key else ())]
         candidates = self._balancer.candidates(serving, request.body.model, exchange, preferred)
-        return self._handle(exchange, candidates) or exchange.best_failure()
+        return self._handle(exchange, candidates)
 
     def count_tokens(self, exchange: Exchange) -> Reply:
         """As `messages`, for `/v1/messages/count_tokens`, which not every upstream has.
@@ -74,6 +86,29 @@ class Failover:
                 return exchange.reply(attempt, result)
             if not exchange.record(attempt, result, may_lack):
                 break
+        return self._with_new_token(exchange)
+
+    def _with_new_token(self, exchange: Exchange) -> Reply | None:
+        """Nobody answered: ask again where only the token was missing, as soon as it is fetched."""
+        request = exchange.request
+        for _ in range(2):  # the first token of all may be refused, too
+            for failed in exchange.without_token:
+                command = failed.upstream.token_command
+                try:
+                    has_come = command is not None and command.await_new(failed.token, request.wait.pause)
+                except Interrupted:
+                    return None
+                if not has_come:
+                    continue
+                breaker = failed.upstream.breaker
+                permit = breaker.acquire() or breaker.acquire_last_resort()
+                candidate = Candidate(failed.upstream, failed.model, permit)
+                exchange.begin(candidate)
+                attempt = Attempt(self._tools, candidate, request)
+                result = attempt.run()
+                if isinstance(result, Answer):
+                    return exchange.reply(attempt, result)
+                exchange.record(attempt, result)
         return None
 
     def _serving(self, request: Request) -> list[Upstream]:

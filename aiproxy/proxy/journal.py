@@ -120,7 +120,8 @@ class Journal:
             id=request.id,
             outcome=done.outcome.value,
             client=request.client,
-            model=request.body.model or None,
+            model=request.model or None,
+            fallback_model=request.body.model if request.asked_model is not None else None,
             status=done.status,
             upstream=attempt.upstream.name if attempt is not None else None,
             attempts=done.attempts,
@@ -168,13 +169,13 @@ class Journal:
             logs.exception("bug", id=request_id)
 
     def _count(self, request: Request, attempt: Attempt | None, seconds: float, done: Done) -> None:
-        self._metrics.request(request.body.model, done.outcome.value, request.client)
+        self._metrics.request(request.model, done.outcome.value, request.client)
         if done.is_stream:
             self._metrics.stream_ended()
         if attempt is None or done.outcome is Outcome.ERROR:
             return
         self._metrics.answer(attempt.upstream.name, seconds, attempt.usage)
-        self._metrics.client_tokens(request.client, request.body.model, done.outcome.value, attempt.usage)
+        self._metrics.client_tokens(request.client, request.model, done.outcome.value, attempt.usage)
         self._history.used(attempt.upstream.name, attempt.usage)
         if done.outcome in _BROKEN:
             self._remember(request, attempt, f"{_BROKEN[done.outcome]} {done.detail or ''}")
@@ -184,7 +185,7 @@ class Journal:
         bill = done.billing.bill
         if bill is None or not (bill.pico or bill.tokens != Tokens()):
             return
-        self._metrics.cost(request.client, request.body.model, done.outcome.value, bill.nano / NANO)
+        self._metrics.cost(request.client, request.model, done.outcome.value, bill.nano / NANO)
         if self._ledger is None:
             return
         last = attempt or done.billing.last
@@ -193,7 +194,7 @@ class Journal:
                 id=request.id,
                 at=time.time(),
                 client=ANONYMOUS if request.client is None else request.client,
-                model=storable(request.body.model),
+                model=storable(request.model),
                 upstream=last.upstream.name if last is not None else "",
                 upstream_model=storable(last.model) if last is not None else "",
                 request_class=storable(value_of(request.headers, "x-claude-code-request-class") or ""),
@@ -216,7 +217,7 @@ class Journal:
 
     def _remember(self, request: Request, attempt: Attempt, reason: str) -> None:
         model, reason = (
-            self.redactor.text(text.strip(), FIELD, request.secrets) for text in (request.body.model, reason)
+            self.redactor.text(text.strip(), FIELD, request.secrets) for text in (request.model, reason)
         )
         self._history.failed(attempt.upstream.name, model, reason)
 

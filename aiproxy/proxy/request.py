@@ -26,7 +26,20 @@ class Request(msgspec.Struct, frozen=True):
     secrets: tuple[str, ...]  # the client's credentials, so that no log shows them
     began: float  # monotonic seconds
     wait: Wait  # ends what the request waits for when the client leaves
+    fallback_model: str | None = None  # to be asked where every upstream lacks capacity
+    asked_model: str | None = None  # the client's word where the body has the fallback's
     budget_headers: Pairs = []  # how the client's budget stands; in the place of an upstream's own
+
+    @property
+    def model(self) -> str:
+        """The client's name of the model that it asked for."""
+        return self.asked_model or self.body.model
+
+    def fallen_back(self, model: str) -> "Request":
+        """The same request for another model."""
+        return msgspec.structs.replace(
+            self, body=self.body.with_model(model), asked_model=self.body.model, fallback_model=None
+        )
 
     @property
     def is_bound(self) -> bool:

@@ -7,7 +7,7 @@ in the API's shape. A request is in flight from its head until its response is c
 import logging
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import quote
 
@@ -25,6 +25,7 @@ from ..observability.redaction import Redactor
 from ..proxy.exchange import Exchange, Reply
 from ..proxy.request import Request
 from ..transport.wait import Interrupted, Wait
+from ..upstreams.message_threads import continued_message
 from .auth import secrets_in
 from .limits import Place
 from .request_body import RequestBody
@@ -263,11 +264,20 @@ def _request(incoming: Incoming, key: ClientKey | None, began: float) -> Request
         secrets=secrets_in(headers),
         began=began,
         wait=_wait(incoming),
+        fallback_model=_fallback_model(read, key, runtime.config.fallback_models),
         budget_headers=runtime.budgets.headers(_name(key)) if runtime.budgets is not None else [],
     )
     preview = runtime.config.logging.prompt_preview
     _log_request(request, runtime.journal.redactor, preview, incoming.address)
     return request
+
+
+def _fallback_model(read: body.Body, key: ClientKey | None, models: Mapping[str, str]) -> str | None:
+    """The model to be asked where every upstream lacks capacity for the first one; None for none."""
+    model = models.get(read.model)
+    if model is None or (key is not None and not key.limits.allow(model)):
+        return None
+    return None if read.has_thinking or continued_message(read) is not None else model
 
 
 def _wait(incoming: Incoming) -> Wait:

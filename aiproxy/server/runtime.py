@@ -9,7 +9,7 @@ import logging
 import os
 import socket
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from ..upstreams.balancer import Balancer
 from ..upstreams.breaker import Breaker, Change, CircuitState, Event
 from ..upstreams.message_threads import Owners
 from ..upstreams.shared_state import State
+from ..upstreams.tokens import TokenCommand
 from ..upstreams.upstream import Upstream
 from .alerts import Alerts
 from .auth import ClientKeys
@@ -51,6 +52,8 @@ from .status import Snapshot, Status, put_together, rows
 DEFAULT_THREADS = 256
 #: Characters of a configured header's value that may be a key: a team's name is too short for one.
 _SHORTEST_HEADER = 16
+#: Fetched tokens that the log hides, the latest ones.
+_FETCHED = 100
 
 
 class Runtime(msgspec.Struct, frozen=True):
@@ -85,6 +88,7 @@ class Service:
         #: Why the file as it is now is not in force; empty where it is.
         self.faults: tuple[str, ...] = ()
         self._clock = clock
+        self._fetched: deque[str] = deque(maxlen=_FETCHED)  # tokens that commands have printed lately
         self._shutdown = Shutdown()
         self._transport = Transport(config.timeouts.connect)
         self._state = state
@@ -118,6 +122,8 @@ class Service:
             snapshot for id_, snapshot in written.running + written.ended if id_ == self._state.instance
         ]
         self.metrics.start_from(each.metrics for each in _snapshots(siblings))
+        for upstream in self.runtime.balancer.upstreams:
+            upstream.token  # noqa: B018 - a command begins to fetch it
         if self.ledger is not None:
             self.ledger.start(is_awaited=self.runtime.config.has_budgets)
         if self._follower is not None:
@@ -138,6 +144,10 @@ class Service:
         self._in_flight.configure(config.max_in_flight)
         staying = {upstream.name: upstream for upstream in old.balancer.upstreams}
         self.runtime = self._built(config, staying, old.balancer.cursor)
+        kept = {upstream.token_command for upstream in self.runtime.balancer.upstreams}
+        for upstream in old.balancer.upstreams:
+            if upstream.token_command is not None and upstream.token_command not in kept:
+                upstream.token_command.stop()
         self._transport.keep_only(
             (each.settings.base_url, each.settings.proxy, each.settings.ca_bundle)
             for each in self.runtime.balancer.upstreams
@@ -284,6 +294,9 @@ class Service:
         """Give back the threads, their descriptors and the kept connections."""
         if self._follower is not None:
             self._follower.stop()
+        for upstream in self.runtime.balancer.upstreams:
+            if upstream.token_command is not None:
+                upstream.token_command.stop()
         self.after_run()
         self._transport.close()
         self._shutdown.close()
@@ -312,7 +325,7 @@ class Service:
         self._state.share(upstreams)
         balancer = Balancer(upstreams, cursor)
         prices = Prices(config.prices, enabled)
-        journal = Journal(_redactor(config), self.metrics, self.history, prices, self.ledger)
+        journal = Journal(_redactor(config, self._fetched), self.metrics, self.history, prices, self.ledger)
         self.history.keep(settings.name for settings in enabled)
         models = Models.of(enabled)
         self.metrics.know_models(models.names)
@@ -336,21 +349,39 @@ class Service:
     def _upstream(self, config: Config, old: Upstream | None, settings: UpstreamSettings) -> Upstream:
         """An upstream that keeps what is known of its health where the account is the same."""
         failures, cooldown = config.breaker.failures, config.breaker.cooldown
-        if old is None or not old.is_same_account(settings):
-            return Upstream(settings, Breaker(failures, cooldown, self._clock))
-        old.breaker.configure(failures, cooldown)
-        upstream = Upstream(settings, old.breaker)
-        upstream.keep_health_of(old)
+        is_same = old is not None and old.is_same_account(settings)
+        breaker = old.breaker if old is not None and is_same else Breaker(failures, cooldown, self._clock)
+        upstream = Upstream(settings, breaker)
+        if settings.token_command:
+            upstream.token_command = self._token_command(old, settings)
+        if old is not None and is_same:
+            breaker.configure(failures, cooldown)
+            upstream.keep_health_of(old)
         return upstream
 
+    def _token_command(self, old: Upstream | None, settings: UpstreamSettings) -> TokenCommand:
+        """The old one where it runs the same command."""
+        wanted = (settings.token_command, settings.token_lifetime)
+        command = old.token_command if old is not None else None
+        if command is not None and (command.command, command.lifetime) == wanted:
+            return command
+        return TokenCommand(settings.name, *wanted, self._learn)
 
-def _redactor(config: Config) -> Redactor:
+    def _learn(self, token: str) -> None:
+        """A command has printed a token: no log may show it."""
+        self._fetched.append(token)
+        self.runtime.journal.redactor.learn(token)
+
+
+def _redactor(config: Config, fetched: Iterable[str]) -> Redactor:
+    """`fetched`: tokens that commands have printed."""
     headers = [value for upstream in config.upstreams for value in upstream.headers.values()]
     urls = [*(upstream.proxy for upstream in config.upstreams), config.webhook]
     urls += [*secrets_in(config.state), *secrets_in(config.ledger)]
     return Redactor(
         tokens=[
             *(upstream.token for upstream in config.upstreams),
+            *fetched,
             *(value for value in headers if len(value) >= _SHORTEST_HEADER),
             *(part for url in urls if url for part in _secret_parts(url)),
         ],

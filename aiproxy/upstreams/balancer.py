@@ -151,14 +151,24 @@ class Balancer:
     ) -> Iterator[Candidate]:
         """The upstreams that one request asks, in order, each at most once; the caller settles each.
 
-        First the usable ones, `preferred` before the others. Then, as the last resort, those in backoff,
-        the one due first, and those with an open circuit if `progress` allows it. `model` is the client's.
+        First the usable ones, `preferred` before the others; after a failure those of the same organization
+        first, which alone can read the conversation's thinking blocks and caches. Then, as the last resort,
+        those in backoff, the one due first, and those with an open circuit if `progress` allows it. `model`
+        is the client's.
         """
         left = list(among)
         # A turn after a failure costs as much as the first one: the others then keep their shares.
         price = sum(upstream.weight for upstream in left if upstream.usable(model))
-        while (candidate := self._usable(left, model, preferred, price)) is not None:
+        tried: set[str] = set()
+        while True:
+            same = [each for each in left if each.settings.organization in tried]
+            candidate = self._usable(same, model, preferred, price) if same else None
+            candidate = candidate or self._usable(left, model, preferred, price)
+            if candidate is None:
+                break
             left.remove(candidate.upstream)
+            if organization := candidate.upstream.settings.organization:
+                tried.add(organization)
             yield candidate
         # Decided once: a circuit may open or close while the request asks the others.
         last = sorted((each.breaker.is_open, each.due(model), each.name, each) for each in left)

@@ -10,9 +10,10 @@ from .breaker import Breaker
 from .models import ModelStates
 from .refusals import Refusals
 from .shared_state import Shared
+from .tokens import TokenCommand
 
 #: The settings that make an upstream another one; a new key may end what kept the old one failing.
-_ACCOUNT = ("name", "base_url", "token", "auth", "headers", "proxy", "ca_bundle")
+_ACCOUNT = ("name", "base_url", "token", "token_command", "auth", "headers", "proxy", "ca_bundle")
 
 
 class Upstream:
@@ -30,9 +31,18 @@ class Upstream:
         #: Taken out by hand: no new requests, not even as the last resort.
         self.draining = False
         self.extra_headers: Pairs = [(name.lower(), value) for name, value in settings.headers.items()]
-        bearer = settings.auth == "bearer"
-        self.credential = (
-            ("authorization", f"Bearer {settings.token}") if bearer else ("x-api-key", settings.token)
+        #: Fetches the token where a command prints it.
+        self.token_command: TokenCommand | None = None
+
+    @property
+    def token(self) -> str | None:
+        """The present one, None while a command is fetching the first."""
+        return self.settings.token if self.token_command is None else self.token_command.current
+
+    def credential(self, token: str) -> tuple[str, str]:
+        """The header that carries a token."""
+        return (
+            ("authorization", f"Bearer {token}") if self.settings.auth == "bearer" else ("x-api-key", token)
         )
 
     @property

@@ -4,13 +4,13 @@ from datetime import UTC, datetime
 
 import pytest
 
-from aiproxy.api.headers import media_type, seconds_of, to_client, to_upstream
+from aiproxy.api.headers import media_type, seconds_of, to_client, to_upstream, with_betas
 
 CREDENTIAL = ("x-api-key", "sk-test-upstream")
 
 
-def up(*pairs, extra=()):
-    return to_upstream(pairs, CREDENTIAL, list(extra))
+def up(*pairs, extra=(), removed=()):
+    return to_upstream(pairs, CREDENTIAL, list(extra), frozenset(removed))
 
 
 @pytest.mark.parametrize(
@@ -48,6 +48,32 @@ def test_headers_that_connection_names_stay_here():
 def test_configured_headers_replace_the_client_s():
     sent = up(("x-team", "client"), extra=[("x-team", "configured")])
     assert [value for name, value in sent if name == "x-team"] == ["configured"]
+
+
+def test_configured_headers_are_removed_and_may_be_added_anew():
+    sent = up(("x-team", "client"), ("x-other", "1"), extra=[("x-new", "2")], removed=["x-team", "x-new"])
+    assert {"x-other": "1", "x-new": "2"}.items() <= dict(sent).items()
+    assert "x-team" not in dict(sent)
+
+
+@pytest.mark.parametrize(
+    ("sent", "drop", "add", "left"),
+    [
+        (["a,b"], ["a"], [], "b"),
+        (["a, b", "c"], ["b"], ["d"], "a,c,d"),
+        (["a"], ["a"], [], None),
+        ([], [], ["d"], "d"),
+        (["a,d"], [], ["d"], "a,d"),
+        (["a,d"], ["d"], ["d"], "a,d"),
+        ([" , "], [], [], None),
+    ],
+)
+def test_betas_are_dropped_and_added(sent, drop, add, left):
+    headers = [("x-one", "1"), *(("anthropic-beta", value) for value in sent)]
+    assert dict(with_betas(headers, drop, add)) == {
+        "x-one": "1",
+        **({} if left is None else {"anthropic-beta": left}),
+    }
 
 
 @pytest.mark.parametrize(
