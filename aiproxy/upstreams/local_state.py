@@ -71,6 +71,8 @@ class LocalStore:
             connection.executescript(_TABLES)
             connection.execute("INSERT INTO epoch VALUES (?, 0)", [name])
             connection.execute("CREATE TABLE snapshots.row (worker TEXT PRIMARY KEY, content BLOB)")
+            places = "client TEXT, worker TEXT, count INTEGER, ends REAL, PRIMARY KEY (client, worker)"
+            connection.execute(f"CREATE TABLE snapshots.place ({places}) WITHOUT ROWID")
         new = self._directory / f"{name}.link"
         new.symlink_to(path.name)
         new.replace(self._link)
@@ -172,6 +174,19 @@ class LocalStore:
     def owner(self, message_id: str) -> str | None:
         found = self._run("SELECT upstream FROM owner WHERE message = ? AND ends > ?", message_id, self.now())
         return found[0][0] if found else None
+
+    def hold_places(
+        self, client: str, worker: str, count: int, seconds: float, limit: int | None = None
+    ) -> bool:
+        now = self.now()
+        with self._transaction("BEGIN IMMEDIATE"):
+            self._run("DELETE FROM snapshots.place WHERE ends < ?", now)
+            others = "SELECT total(count) FROM snapshots.place WHERE client = ? AND worker != ?"
+            if limit is not None and self._run(others, client, worker)[0][0] + count > limit:
+                return False
+            row = (client, worker, count, now + seconds)
+            self._run("INSERT OR REPLACE INTO snapshots.place VALUES (?, ?, ?, ?)", *row)
+        return True
 
     def write_row(self, worker: str, row: bytes) -> None:
         self._run("INSERT OR REPLACE INTO snapshots.row VALUES (?, ?)", worker, row)

@@ -129,6 +129,28 @@ class RedisStore:
         (found,) = self._run(("GET", f"{_PREFIX}owner:{message_id}"))
         return None if found is None else _text(found)
 
+    def hold_places(
+        self, client: str, worker: str, count: int, seconds: float, limit: int | None = None
+    ) -> bool:
+        key = _word(f"{_PREFIX}places:{client}")
+        with self._errors(), self._client.pipeline() as pipe:
+            while True:
+                pipe.watch(key)  # type: ignore[no-untyped-call] # another's change makes `execute` fail
+                now, fields = self.now(), _pairs(pipe.hgetall(key))
+                found = {_text(name): _text(value).split() for name, value in fields}
+                ended = [name for name, (_, ends) in found.items() if float(ends) < now]
+                others = found.keys() - {worker, *ended}
+                if limit is not None and sum(int(found[name][0]) for name in others) + count > limit:
+                    return False
+                pipe.multi()
+                pipe.hset(key, worker, f"{count} {now + seconds}")
+                if ended:
+                    pipe.hdel(key, *ended)
+                pipe.expire(key, _FORGOTTEN)
+                with contextlib.suppress(redis.WatchError):
+                    pipe.execute()
+                    return True
+
     def write_row(self, worker: str, row: bytes) -> None:
         self._run(("HSET", _ROWS, worker, row))
 

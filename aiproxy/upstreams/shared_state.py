@@ -12,7 +12,7 @@ import os
 import secrets
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol, TypeVar
@@ -131,6 +131,14 @@ class Store(Protocol):
     def owner(self, message_id: str) -> str | None:
         """The owner of a message."""
 
+    def hold_places(
+        self, client: str, worker: str, count: int, seconds: float, limit: int | None = None
+    ) -> bool:
+        """Note that a worker holds so many places of a client key, for so many seconds.
+
+        With a `limit` only if all workers together then hold at most so many; whether that was so.
+        """
+
     def write_row(self, worker: str, row: bytes) -> None:
         """Replace a worker's row; no other worker is notified."""
 
@@ -205,7 +213,8 @@ class State:
     instance = ""
 
     def __init__(self) -> None:
-        self._places: dict[str, int] = {}
+        self._places_lock = threading.Lock()
+        self._places: Counter[str] = Counter()  # of this worker, by client key
 
     def share(self, upstreams: Sequence[Sharing]) -> None:
         """These upstreams are served from now on."""
@@ -231,15 +240,16 @@ class State:
         return Rows()
 
     def acquire_place(self, client: str, limit: int) -> bool:
-        """Take one of the places of a client key; whether one was free."""
-        count = self._places.get(client, 0)
-        if count < limit:
-            self._places[client] = count + 1
-        return count < limit
+        """Take one of the places of a client key, of which there are `limit`; whether one was free."""
+        with self._places_lock:
+            is_free = self._places[client] < limit
+            self._places[client] += is_free
+            return is_free
 
     def release_place(self, client: str) -> None:
         """Give it back."""
-        self._places[client] -= 1
+        with self._places_lock:
+            self._places[client] -= 1
 
 
 class SharedState(State):
@@ -336,6 +346,42 @@ class SharedState(State):
             elif not row.has_ended:
                 rows.silent.append((row.instance, row.snapshot))
         return rows
+
+    def acquire_place(self, client: str, limit: int) -> bool:
+        """See `State`. Where the store does not answer in time, this worker's own count decides.
+
+        What a worker holds is the truth, and is written to the store once a second: so an answer that comes
+        too late costs no place.
+        """
+        if self._places[client] >= limit:
+            return False
+        ticket = _Ticket()
+
+        def take(store: Store) -> bool:
+            with self._places_lock:
+                wanted = self._places[client] + 1
+            is_free = store.hold_places(client, self.worker, wanted, SNAPSHOT, limit)
+            with self._places_lock:
+                ticket.is_granted = is_free and not ticket.is_given_up
+                self._places[client] += ticket.is_granted
+            return is_free
+
+        is_free = self.call(take)
+        with self._places_lock:
+            if is_free is not None or ticket.is_granted:
+                return ticket.is_granted
+            ticket.is_given_up = True
+        return super().acquire_place(client, limit)
+
+    def release_place(self, client: str) -> None:
+        """See `State`. Does not wait for the store."""
+        super().release_place(client)
+        self.send(lambda store: self._write_places(store, client))
+
+    def _write_places(self, store: Store, client: str) -> None:
+        with self._places_lock:
+            count = self._places[client]
+        store.hold_places(client, self.worker, count, SNAPSHOT)
 
     def send(self, operation: Callable[[Store], _T]) -> "Future[_T] | None":
         """Have it carried out by the state's thread; None where the store cannot be reached."""
@@ -463,6 +509,8 @@ class SharedState(State):
         for circuit in list(self._circuits.values()):
             circuit.renew(self._store)
         self._write_row()
+        for client in [client for client, count in self._places.copy().items() if count]:
+            self._write_places(self._store, client)
         if time.monotonic() > self._added_up + 60:
             self._added_up = time.monotonic()
             self._add_up(self._store)
@@ -504,6 +552,14 @@ class SharedState(State):
     def _write_row(self, has_ended: bool = False) -> None:
         row = Row(self._store.now(), self.instance, has_ended, msgspec.Raw(self._snapshot()))
         self._store.write_row(self.worker, msgspec.json.encode(row))
+
+
+class _Ticket:
+    """One try for a place of a client key: granted by the state's thread, or given up by the request's."""
+
+    def __init__(self) -> None:
+        self.is_granted = False
+        self.is_given_up = False
 
 
 class _Circuit(Shared):
