@@ -617,5 +617,5 @@ def test_without_the_package_the_log_says_what_to_install_and_the_process_serves
 
 
 def test_a_worker_by_itself_loads_no_store():
-    code = "import sys, aiproxy.app; sys.exit(bool({'redis', 'sqlite3'} & set(sys.modules)))"
+    code = "import sys, aiproxy.app; sys.exit(bool({'redis', 'psycopg'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
