@@ -1,6 +1,7 @@
 """The command line: `python -m aiproxy check`, `usage` and `key`."""
 
 import argparse
+import base64
 import hashlib
 import io
 import json
@@ -87,13 +88,24 @@ def _ledger(config: Config) -> LedgerSettings:
 
 
 def _key(given: argparse.Namespace) -> None:
-    key = f"sk-aiproxy-{secrets.token_urlsafe(32)}"
+    key = _new_key()
     digest = hashlib.sha256(key.encode()).hexdigest()
     print(
         f"The new key, which is shown only now:\n\n  {key}\n\n"
         "Add it to api_keys in the configuration. The file does not hold the key itself:\n\n"
-        f"  - name: {json.dumps(given.name, ensure_ascii=False)}\n    key_sha256: {digest}"
+        f"  - name: {json.dumps(given.name, ensure_ascii=False)}\n    key_sha256: {digest}\n\n"
+        "For Claude Code set ANTHROPIC_AUTH_TOKEN to it: then it warns when a budget is nearly used."
     )
+
+
+def _new_key() -> str:
+    """A random key in the form of an unsigned token (RFC 7519).
+
+    Claude Code minds what a gateway says of budgets only where its ANTHROPIC_AUTH_TOKEN names this audience
+    (seen in 2.1.332). Only the last part is secret; aiproxy knows the key by the digest of the whole.
+    """
+    parts = [b'{"alg":"none"}', b'{"aud":"claude-gateway"}', secrets.token_bytes(32)]
+    return ".".join(base64.urlsafe_b64encode(part).rstrip(b"=").decode() for part in parts)
 
 
 def _day(text: str) -> str:

@@ -6,6 +6,7 @@ the client's broken connection and hides it.
 
 import json
 import os
+from collections.abc import Iterable
 from http import HTTPStatus
 from typing import Any
 
@@ -33,11 +34,19 @@ class ApiError(Exception):
     """An answer of our own, in the API's shape; it names no upstream address and no key."""
 
     def __init__(
-        self, status: int, type_: str, message: str, code: str | None = None, retry_after: int | None = None
+        self,
+        status: int,
+        type_: str,
+        message: str,
+        *,
+        code: str | None = None,
+        retry_after: int | None = None,
+        headers: Iterable[tuple[str, str]] = (),
     ) -> None:
-        """`code`: the API's `error.details.error_code`; `retry_after` in seconds."""
+        """`code`: the API's `error.details.error_code`; `retry_after` in seconds; `headers`: further ones."""
         super().__init__(message)
-        self.retry_after = retry_after
+        self._headers = list(headers)
+        self._retry_after = retry_after
         self.code = code
         self.status = status
         self.type = type_
@@ -48,8 +57,8 @@ class ApiError(Exception):
         """Beside the usual ones. The SDKs obey `x-should-retry` before they look at the status; without it
         Claude Code repeats a request with a wrong key for minutes."""
         may_retry = self.type != "billing_error" and (self.status >= 500 or self.status in _RETRYABLE)
-        headers = [] if may_retry else [("x-should-retry", "false")]
-        return headers if self.retry_after is None else [*headers, ("retry-after", str(self.retry_after))]
+        headers = self._headers if may_retry else [*self._headers, ("x-should-retry", "false")]
+        return headers if self._retry_after is None else [*headers, ("retry-after", str(self._retry_after))]
 
     def body(self, request_id: str) -> bytes:
         """The JSON body; `request_id` is also what the `request-id` header says."""
@@ -73,7 +82,7 @@ def error_body(type_: str, message: str, request_id: str, code: str | None = Non
 def too_large(limit: int, code: str | None = None) -> ApiError:
     """413 for a request body of more than `limit` bytes."""
     size = f"{limit / 1024 / 1024:g} MB" if limit >= 10_000 else f"{limit} bytes"
-    return ApiError(413, "request_too_large", f"The request body is larger than {size}.", code)
+    return ApiError(413, "request_too_large", f"The request body is larger than {size}.", code=code)
 
 
 def new_request_id() -> str:

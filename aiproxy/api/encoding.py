@@ -24,7 +24,7 @@ def decode(raw: bytes, coding: str, limit: int) -> bytes:
         return raw
     if coding not in ("gzip", "x-gzip", "deflate"):
         message = "content-encoding: only gzip and deflate are supported."
-        raise ApiError(400, "invalid_request_error", message, "request_body_encoding_unsupported")
+        raise ApiError(400, "invalid_request_error", message, code="request_body_encoding_unsupported")
     bits = _GZIP if coding != "deflate" else _ZLIB if _has_zlib_header(raw) else _RAW
     decoder = zlib.decompressobj(bits)
     pieces: list[bytes] = []
@@ -54,4 +54,4 @@ def _has_zlib_header(raw: bytes) -> bool:
 
 def _invalid(coding: str) -> ApiError:
     message = f"content-encoding: the body is not valid {coding}."
-    return ApiError(400, "invalid_request_error", message, "request_body_encoding_invalid")
+    return ApiError(400, "invalid_request_error", message, code="request_body_encoding_invalid")

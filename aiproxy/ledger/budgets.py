@@ -15,6 +15,7 @@ from .spending import PERIODS, Period, periods
 
 #: How the names of headers begin that say how far an account may still go.
 UNIFIED = "anthropic-ratelimit-unified-"
+_THRESHOLDS = (1.0, 0.95, 0.75)
 
 
 class Limit(msgspec.Struct, frozen=True):
@@ -72,7 +73,8 @@ class Budgets:
 
     def headers(self, client: str | None) -> list[tuple[str, str]]:
         """The headers of an answer by which Claude Code warns its user; none without a budget of the key."""
-        return unified_headers(self._own(client))
+        limits = self._own(client)
+        return _headers(max(limits, key=lambda each: each.share)) if limits else []
 
     def report(self, client: str) -> bytes:
         """What a client has spent and has left, as JSON; in dollars."""
@@ -103,9 +105,27 @@ def _used_up(limit: Limit, now: float) -> ApiError:
         f"The {limit.period.name} budget {whose} is used up: {money(limit.spent)} of {money(limit.limit)} "
         f"are spent. It begins anew at {reset:%Y-%m-%d %H:%M} UTC."
     )
-    return ApiError(429, "billing_error", message, retry_after=max(1, math.ceil(limit.period.reset - now)))
+    after = max(1, math.ceil(limit.period.reset - now))
+    return ApiError(429, "billing_error", message, retry_after=after, headers=_headers(limit))
 
 
-def unified_headers(limits: list[Limit]) -> list[tuple[str, str]]:
-    """See `Budgets.headers`."""
-    return []
+def _headers(limit: Limit) -> list[tuple[str, str]]:
+    """How a budget stands, in the headers that Anthropic's own gateway sets for its spend limits.
+
+    Claude Code reads them (seen in 2.1.332): a budget is its `overage`, and it warns when a threshold of
+    it is surpassed.
+    """
+    threshold = next((share for share in _THRESHOLDS if limit.share >= share), None)
+    status = "allowed" if threshold is None else "allowed_warning" if threshold < 1 else "rejected"
+    used = min(round(limit.share, 2), 0.99) if status != "rejected" else min(limit.share, 9.99)
+    reset = f"{limit.period.reset:.0f}"
+    found = {"status": status, "reset": reset, "overage-reset": reset, "overage-utilization": f"{used:.2f}"}
+    if threshold is not None:
+        found["overage-surpassed-threshold"] = f"{threshold:g}"
+    if status == "rejected":
+        found["overage-period"] = limit.period.name
+        found["overage-disabled-reason"] = "org_spend_cap_reached"
+    else:
+        found["representative-claim"] = "overage"
+        found["overage-status"] = status
+    return [(UNIFIED + name, value) for name, value in found.items()]

@@ -4,6 +4,7 @@ import base64
 import csv
 import hashlib
 import io
+import json
 import re
 import time
 
@@ -219,7 +220,9 @@ def test_usage_without_a_ledger_is_one_line(command):
 def test_a_new_key_is_printed_with_the_lines_for_the_file(command):
     code, said = command("key", "alice")
     assert code == 0
-    (key,) = re.findall(r"sk-aiproxy-[\w-]{43}", said.out)
+    (key,) = re.findall(r"\b[\w-]+\.[\w-]+\.[\w-]{43}\b", said.out)
+    claims = base64.urlsafe_b64decode(key.split(".")[1] + "==")
+    assert json.loads(claims) == {"aud": "claude-gateway"}  # for which Claude Code minds budgets
     assert f"key_sha256: {hashlib.sha256(key.encode()).hexdigest()}" in said.out
     assert '- name: "alice"' in said.out
     assert key not in command("key", "alice")[1].out
