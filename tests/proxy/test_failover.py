@@ -6,7 +6,6 @@ is settled twice or never. Which error is about what is `tests/unit/test_policy.
 lasts `tests/unit/test_model_states.py`'s; here is what an attempt makes of it.
 """
 
-import contextlib
 import gzip
 import itertools
 import json
@@ -237,33 +236,17 @@ def test_a_head_of_31_kb_is_read(upstream, proxy):
 # -------------------------------------------------------------------------------- no connection at all
 
 
-@contextlib.contextmanager
-def no_connection(way):
-    """A URL to which no connection comes about."""
-    with contextlib.ExitStack() as stack:
-        if way == "a full queue":
-            yield f"http://{HOST}:{stack.enter_context(blackhole())}"
-        elif way == "TLS that never shakes hands":
-            silent = stack.enter_context(socket.create_server((HOST, 0)))
-            yield f"https://{HOST}:{silent.getsockname()[1]}"
-        else:
-            yield {
-                "an unknown name": "http://name.invalid",
-                "a port nobody listens on": f"http://{HOST}:{dead_port()}",
-            }[way]
-
-
 @pytest.mark.parametrize(
-    "way",
-    [
-        "an unknown name",
-        "a port nobody listens on",
-        "a full queue",
-        "TLS that never shakes hands",
-    ],
+    "way", ["unknown name", "nobody listens", "full queue", "TLS that never shakes hands"]
 )
 def test_no_connection_within_the_connect_timeout_counts_and_the_next_upstream_answers(upstream, proxy, way):
-    with no_connection(way) as url:
+    with blackhole() as full, socket.create_server((HOST, 0)) as silent:
+        url = {
+            "unknown name": "http://name.invalid",
+            "nobody listens": f"http://{HOST}:{dead_port()}",
+            "full queue": f"http://{HOST}:{full}",
+            "TLS that never shakes hands": f"https://{HOST}:{silent.getsockname()[1]}",
+        }[way]
         one = proxy(url, upstream(), connect=0.15, answer=60.0)
         given = one.ask()
     assert (given.status, given.upstream, given.attempts) == (200, "b", 2)
@@ -984,18 +967,27 @@ def test_an_error_that_is_compressed_is_told_in_clear(upstream, proxy):
 # --------------------------------------------------------------------------------------- bugs of ours
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_bug_of_ours_is_a_500_that_no_upstream_is_charged_for(upstream, proxy, monkeypatch, stream):
-    a, b = upstream(), upstream()
-    one = proxy(a, b)
-    monkeypatch.setattr("aiproxy.proxy.attempt.to_client", lambda *_: 1 / 0)
-    given = one.ask(stream)
+@pytest.mark.parametrize(
+    ("place", "reply", "stream"),
+    [
+        ("attempt.to_upstream", answer(), False),
+        ("attempt._read", answer(), False),
+        ("attempt.to_client", answer(), True),
+        ("attempt.Accumulator.message", answer(), None),
+        ("exchange.decide", error(500), False),
+        ("failover.Attempt", answer(), False),
+    ],
+)
+def test_a_bug_of_ours_is_a_500_that_charges_no_upstream_and_gives_the_permit_back(
+    upstream, proxy, monkeypatch, place, reply, stream
+):
+    a, b = upstream(reply), upstream()
+    one = proxy({"base_url": a, "must_stream": stream is None}, b)
+    monkeypatch.setattr(f"aiproxy.proxy.{place}", lambda *_, **__: 1 / 0)
+    given = one.ask(bool(stream))
     assert (given.status, given.json()["error"]["type"]) == (500, "api_error")
-    assert seen(a, b) == [1, 0]
-    assert "success" not in one.outcomes("b")[0]
-    assert "failure" not in one.outcomes("a")[0]
-    if stream:
-        a.wait_left()
+    assert one.outcomes() == [["ignored"], []]
+    assert seen(b) == [0]
 
 
 # ------------------------------------------------------------------------------------------ all at once
