@@ -101,11 +101,7 @@ def test_a_session_is_its_client_s_by_the_key_s_name_whichever_header_brings_it(
 
 @pytest.mark.parametrize(
     ("affinity", "asked"),
-    [
-        ("none", request_of(SESSIONS[0])),
-        ("prompt_cache", request_of()),
-        ("prefix", request_of(cached=False)),
-    ],
+    [("none", request_of(SESSIONS[0])), ("prompt_cache", request_of()), ("prefix", request_of(cached=False))],
     ids=["none", "prompt_cache without a session", "prefix without cache_control"],
 )
 def test_without_affinity_the_round_robin_has_its_way(accounts, affinity, asked):

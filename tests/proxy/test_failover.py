@@ -635,10 +635,7 @@ def test_a_limit_is_a_backoff_of_the_model(upstream, proxy, clock, reply, lasts)
 
 @pytest.mark.parametrize(
     ("reply", "lasts"),
-    [
-        (limited(503, "20"), 20),
-        (error(429, details={"error_code": "contract_spend_limit_reached"}), 1800),
-    ],
+    [(limited(503, "20"), 20), (error(429, details={"error_code": "contract_spend_limit_reached"}), 1800)],
     ids=["503", "spend limit"],
 )
 def test_a_backoff_of_the_upstream_is_one_of_all_models(upstream, proxy, clock, reply, lasts):

@@ -675,10 +675,7 @@ def test_every_kind_of_failure_shows_no_secret_and_no_line_of_a_stranger(upstrea
         said[-1](wire, seen)
 
     a, b = upstream(default=repeat), upstream(default=repeat)
-    own = [
-        {"base_url": a, "token": f"{TOKEN}-a"},
-        {"base_url": b, "token": f"{TOKEN}-b", "auth": "bearer"},
-    ]
+    own = [{"base_url": a, "token": f"{TOKEN}-a"}, {"base_url": b, "token": f"{TOKEN}-b", "auth": "bearer"}]
     settings = {
         "timeouts": Timeouts(connect=1, first_byte=0.4, answer=0.4, idle=0.3),
         "breaker": BreakerSettings(failures=10**6, cooldown=0),

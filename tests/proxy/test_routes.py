@@ -369,8 +369,7 @@ def test_a_base_url_that_ends_in_v1_is_named_as_the_mistake(method, path):
 
 
 @pytest.mark.parametrize(
-    ("path", "body", "status"),
-    [("/nowhere", ASK, 404), ("/v1/messages", [], 400), ("/v1/models", ASK, 405)],
+    ("path", "body", "status"), [("/nowhere", ASK, 404), ("/v1/messages", [], 400), ("/v1/models", ASK, 405)]
 )
 def test_our_own_errors_that_a_retry_cannot_mend_say_so(path, body, status):
     response = in_process("demo://answers").post(path, json=body)
