@@ -5,12 +5,10 @@ Which events spell which Message is `tests/unit/test_accumulate.py`'s, how they 
 """
 
 import json
-import threading
 import time
 
 import pytest
 from fakes import (
-    Clock,
     answer,
     close_now,
     error_event,
@@ -274,21 +272,3 @@ def test_a_connection_is_not_used_again_after_an_error_event(upstream, proxy):
     one = proxy(a)
     assert [one.ask().status, one.ask().status] == [529, 200]
     assert a.connections == 2
-
-
-def test_a_good_trial_closes_the_circuit_only_when_the_message_is_whole(upstream, proxy):
-    clock, gate = Clock(), threading.Event()
-    a = upstream(close_now(), events([*EVENTS[:5], gate, *EVENTS[5:]]))
-    one = proxy(a, clock=clock, failures=1)
-    assert one.ask().status == 502
-    clock.now += 60
-    given = []
-    asking = threading.Thread(target=lambda: given.append(one.ask()))
-    asking.start()
-    a.wait_for(2)
-    assert not one.breakers["a"].usable()
-    gate.set()
-    asking.join(5)
-    assert given[0].status == 200
-    assert one.breakers["a"].usable()
-    assert one.outcomes() == [["failure", "success"]]

@@ -388,24 +388,6 @@ def test_a_stream_that_is_closed_twice_is_settled_and_logged_once(upstream, prox
     assert one.outcomes() == [["success", "failure"]]
 
 
-def test_all_clients_see_their_own_stream(upstream, proxy):
-    gates = [threading.Event() for _ in range(12)]
-
-    def reply(fake, request):
-        n = int(request.json()["messages"][0]["content"])
-        mine = message_events([f"<{n}>"] * 5)
-        events([*mine[:5], gates[n], *mine[5:]], FRAMINGS[n % 3])(fake, request)
-
-    one = proxy(upstream(default=reply), upstream(default=reply))
-    given = [
-        one.begin(question={**STREAMED, "messages": [{"role": "user", "content": str(n)}]}) for n in range(12)
-    ]
-    for n in random.Random(1).sample(range(12), 12):
-        gates[n].set()
-        assert given[n].read().body == b"".join(message_events([f"<{n}>"] * 5))
-    assert one.outcomes() == [["success"] * 6] * 2
-
-
 # ----------------------------------------------------------------------------------------- on the wire
 
 
