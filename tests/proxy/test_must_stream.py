@@ -216,6 +216,11 @@ def test_the_head_comes_within_first_byte_events_within_idle_and_all_within_answ
     a.wait_left()
 
 
+def test_each_event_and_comment_starts_the_idle_time_anew(upstream, proxy):
+    slow = [part for one in [*EVENTS[:5], b": wait\n", *EVENTS[5:]] for part in (one, 0.15)]
+    assert proxy(upstream(events(slow)), idle=0.8).ask().status == 200
+
+
 def test_answer_bounds_the_computing_too(upstream, proxy, monkeypatch):
     def slowly(*_):
         time.sleep(0.1)
