@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 import zlib
+from pathlib import Path
 
 import pytest
 from fakes import (
@@ -41,6 +42,9 @@ from fakes import (
     whole,
 )
 from in_process import MB, MESSAGE, QUESTION, Proxy
+
+from aiproxy.proxy import attempt
+from aiproxy.transport import session
 
 
 @pytest.fixture
@@ -461,6 +465,13 @@ def test_a_timeout_does_not_count_if_another_attempt_succeeded_while_it_ran(upst
     assert one.ask().status == 200
     slow.join(5)
     assert one.breakers["a"].circuit().failures == 0
+
+
+def test_the_times_that_the_tests_shorten_are_those_of_the_document():
+    text = (Path(__file__).parents[2] / "docs" / "failover.md").read_text()
+    assert f"dead within {session.DEAD_WITHIN:.0f} s of sending" in text
+    assert f"later than {attempt.PATIENCE:.0f} s after the attempt's begin" in text
+    assert f"error status is awaited for {attempt.ERROR_BODY_SECONDS:.0f} s at most" in text
 
 
 # -------------------------------------------------------------------------------------- errors of requests
