@@ -326,15 +326,6 @@ def test_a_reused_connection_that_breaks_after_seconds_of_silence_is_not_stale(u
     assert one.outcomes() == [["success", "failure"]]
 
 
-def test_a_reused_connection_that_is_silent_is_not_stale(upstream, proxy):
-    a, b = upstream(answer(), hang()), upstream()
-    one = proxy(first(a), b, answer=0.3)
-    one.ask()
-    assert one.ask().upstream == "b"
-    assert seen(a) == [2]
-    assert one.outcomes() == [["success", "failure"], ["success"]]
-
-
 def test_the_fresh_connection_has_only_what_is_left_of_the_time(upstream, proxy):
     asked = []
 
@@ -597,22 +588,6 @@ def test_an_answer_is_not_taken_for_an_error_without_cause(upstream, proxy, extr
     body = b'{"type":"message",' + extra + b"}"
     given = proxy(upstream(whole(200, body))).ask()
     assert (given.status, given.body) == (200, body)
-
-
-@pytest.mark.parametrize(
-    ("type_", "outcome"),
-    [("api_error", "failure"), ("authentication_error", "failure"), ("overloaded_error", "ignored")],
-)
-def test_an_error_event_after_the_commit_ends_the_answer_at_once_and_counts_as_its_status(
-    upstream, proxy, type_, outcome
-):
-    a, b = upstream(events([START, BLOCK, error_event(type_)], then="hang")), upstream()
-    one = proxy(first(a), b)
-    given = one.ask(stream=True)
-    assert (given.status, given.ending) == (200, "cut")
-    assert given.body.endswith(error_event(type_))
-    assert one.outcomes() == [[outcome], []]
-    assert one.ask().upstream == ("b" if type_ == "overloaded_error" else "a")
 
 
 def test_an_error_and_a_stop_in_one_piece_are_an_error(upstream, proxy):

@@ -270,15 +270,23 @@ def test_each_piece_starts_the_idle_time_anew(upstream, proxy):
     assert one.ask(stream=True).ending == "end"
 
 
-@pytest.mark.parametrize(("then", "ending"), [("end", "\n"), ("cut", "\r\n"), ("hang", "\r")])
-def test_an_error_event_of_the_upstream_is_relayed_as_it_is_and_breaks_the_connection(
-    upstream, proxy, then, ending
+@pytest.mark.parametrize(
+    ("type_", "then", "line_end", "outcome"),
+    [
+        ("api_error", "end", "\n", "failure"),
+        ("authentication_error", "cut", "\r\n", "failure"),
+        ("overloaded_error", "hang", "\r", "ignored"),
+    ],
+)
+def test_an_error_event_is_relayed_as_it_is_breaks_the_connection_and_counts_as_its_status(
+    upstream, proxy, type_, then, line_end, outcome
 ):
-    event = error_event("api_error").replace(b"\n", ending.encode())
-    one = proxy(upstream(events([*EVENTS[:4], event], then=then)), upstream())
+    event = error_event(type_).replace(b"\n", line_end.encode())
+    one = proxy({"base_url": upstream(events([*EVENTS[:4], event], then=then)), "weight": 9}, upstream())
     given = one.ask(stream=True)
     assert (given.body, given.ending) == (b"".join(EVENTS[:4]) + event, "cut")
-    assert one.outcomes() == [["failure"], []]
+    assert one.outcomes() == [[outcome], []]
+    assert one.ask().upstream == ("b" if type_ == "overloaded_error" else "a")  # its model is in backoff
 
 
 def test_an_event_over_16_mb_breaks_the_stream_without_completing_it(upstream, proxy):
