@@ -42,6 +42,7 @@ from fakes import (
     whole,
 )
 from in_process import MB, MESSAGE, QUESTION, Proxy
+from timing import FAR, soon
 
 from aiproxy.proxy import attempt
 from aiproxy.transport import session
@@ -179,8 +180,9 @@ CASES = [
 def test_what_is_no_answer_counts_and_the_next_upstream_answers(upstream, proxy, monkeypatch, stream, reply):
     monkeypatch.setattr("aiproxy.proxy.attempt.ERROR_BODY_SECONDS", 0.1)
     a, b = upstream(reply, default=answer("a")), upstream()
-    one = proxy(a, b, answer=60.0)
-    given = one.ask(stream)
+    one = proxy(a, b, answer=FAR, first_byte=FAR)
+    with soon():
+        given = one.ask(stream)
     assert (given.status, given.upstream, given.attempts, given.ending) == (200, "b", 2, "end")
     assert given.body == (b"".join(message_events(["ok"])) if stream else MESSAGE)
     assert seen(a, b) == [1, 1]
@@ -251,8 +253,9 @@ def test_no_connection_within_the_connect_timeout_counts_and_the_next_upstream_a
             "full queue": f"http://{HOST}:{full}",
             "TLS that never shakes hands": f"https://{HOST}:{silent.getsockname()[1]}",
         }[way]
-        one = proxy(url, upstream(), connect=0.15, answer=60.0)
-        given = one.ask()
+        one = proxy(url, upstream(), connect=0.15, answer=FAR)
+        with soon():
+            given = one.ask()
     assert (given.status, given.upstream, given.attempts) == (200, "b", 2)
     assert one.outcomes() == [["failure"], ["success"]]
 
@@ -372,8 +375,9 @@ SILENT = [
 @pytest.mark.parametrize(("stream", "reply"), SILENT)
 def test_waiting_past_a_timeout_ends_the_attempt_and_counts(upstream, proxy, stream, reply):
     a = upstream(reply)
-    one = proxy(a, **{"answer": 60.0, "first_byte": 60.0, "first_byte" if stream else "answer": 0.1})
-    given = one.ask(stream, question={**QUESTION, "padding": "x" * 100_000})
+    one = proxy(a, **{"answer": FAR, "first_byte": FAR, "first_byte" if stream else "answer": 0.1})
+    with soon():
+        given = one.ask(stream, question={**QUESTION, "padding": "x" * 100_000})
     assert (given.status, given.json()["error"]["type"]) == (504, "timeout_error")
     assert one.outcomes() == [["failure"]]
     a.wait_left()
@@ -404,7 +408,7 @@ def test_a_late_message_start_alone_commits_nothing(upstream, proxy, monkeypatch
 
 
 def test_an_upload_that_the_upstream_does_not_read_ends_at_the_timeout(upstream, proxy):
-    one = proxy(upstream(stalled_upload()), answer=0.15, first_byte=60.0)
+    one = proxy(upstream(stalled_upload()), answer=0.15, first_byte=FAR)
     assert one.ask(question={**QUESTION, "padding": "x" * 16 * MB}).status == 504
     assert one.outcomes() == [["failure"]]
 
@@ -848,8 +852,9 @@ def test_an_error_whose_body_is_late_or_incomplete_is_replaced_by_ours_of_the_sa
     upstream, proxy, monkeypatch, status, how
 ):
     monkeypatch.setattr("aiproxy.proxy.attempt.ERROR_BODY_SECONDS", 0.1)
-    one = proxy(upstream(INCOMPLETE[how](status)), answer=60.0)
-    given = one.ask()
+    one = proxy(upstream(INCOMPLETE[how](status)), answer=FAR)
+    with soon():
+        given = one.ask()
     assert (given.status, given.upstream, given.ending) == (status, "a", "end")
     assert given.json()["type"] == "error"
     assert "the upstream's" not in given.json()["error"]["message"]

@@ -22,6 +22,7 @@ from fakes import (
     whole,
 )
 from in_process import MB, MESSAGE, QUESTION, Proxy
+from timing import FAR, soon
 
 EVENTS = message_events()
 START, PING, BLOCK, DELTA = EVENTS[:4]
@@ -210,8 +211,9 @@ def test_the_head_comes_within_first_byte_events_within_idle_and_all_within_answ
     upstream, proxy, reply, limit
 ):
     a = upstream(reply)
-    one = proxy(a, **{"first_byte": 60.0, "idle": 60.0, "answer": 60.0, limit: 0.15})
-    assert one.ask().status == 504
+    one = proxy(a, **{"first_byte": FAR, "idle": FAR, "answer": FAR, limit: 0.15})
+    with soon():
+        assert one.ask().status == 504
     assert one.outcomes() == [["failure"]]
     a.wait_left()
 
@@ -258,8 +260,9 @@ def test_the_connection_is_used_again(upstream, proxy, framing):
 def test_what_follows_message_stop_holds_nobody_and_is_no_failure(upstream, proxy, monkeypatch, reply):
     monkeypatch.setattr("aiproxy.proxy.attempt.END_OF_BODY_SECONDS", 0.1)
     a = upstream(reply)
-    one = proxy(a)
-    assert one.ask().json() == json.loads(MESSAGE)
+    one = proxy(a, answer=FAR, idle=FAR)
+    with soon():
+        assert one.ask().json() == json.loads(MESSAGE)
     assert one.ask().status == 200
     assert one.outcomes() == [["success", "success"]]
     assert a.connections == 2
