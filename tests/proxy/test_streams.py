@@ -14,6 +14,7 @@ import zlib
 import pytest
 from fakes import RawClient, error_event, events, gzipped, message_events
 from in_process import MB, QUESTION, Proxy
+from timing import FAR, soon
 
 EVENTS = message_events(["Hel", "lo ", "\N{GRINNING FACE}\u2028 event: message_stop"])
 WHOLE = b"".join(EVENTS)
@@ -331,8 +332,9 @@ def test_a_break_after_a_part_of_a_large_event_completes_nothing(upstream, proxy
 def test_what_follows_message_stop_holds_nobody_and_is_a_success(upstream, proxy, monkeypatch, reply):
     monkeypatch.setattr("aiproxy.proxy.stream.END_OF_BODY_SECONDS", 0.1)
     a = upstream(reply)
-    one = proxy(a)
-    given = one.ask(stream=True)
+    one = proxy(a, idle=FAR)
+    with soon():
+        given = one.ask(stream=True)
     assert (given.body.startswith(WHOLE), given.ending) == (True, "end")
     assert one.outcomes() == [["success"]]
 
