@@ -268,11 +268,14 @@ def test_a_circuit_s_life_is_told(upstream, log):
     now = [1000.0]
     fake = upstream(*[error(500)] * 4)
     client = in_process(fake, clock=lambda: now[0], breaker=BreakerSettings(failures=2, cooldown=60.0))
-    told = []
+    told, verdicts = [], []
     for seconds in (0, 0, 0, 61, 0):
         now[0] += seconds
         client.post("/v1/messages", json=ask())
-        told.append(log("circuit"))
+        lines = log("circuit", "attempt")
+        told.append([line for line in lines if line.event == "circuit"])
+        verdicts += [line["verdict"] for line in lines if line.event == "attempt"]
+    assert verdicts == ["counted", "counted", "uncounted", "counted", "answered"]
     assert [[(line["state"], line.get("seconds")) for line in lines] for lines in told] == [
         [],
         [("open", "60.000")],
