@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import responses
-from fakes import Clock, error, message_json
+from fakes import Clock, message_json
 
 from aiproxy.app import create_app
 from aiproxy.config import ClientKey, Config, LoggingSettings, Secret, UpstreamSettings
@@ -101,11 +101,7 @@ def test_a_session_is_its_client_s_by_the_key_s_name_whichever_header_brings_it(
 
 @pytest.mark.parametrize(
     ("affinity", "asked"),
-    [
-        ("none", request_of(SESSIONS[0])),
-        ("prompt_cache", request_of()),
-        ("prefix", request_of(cached=False)),
-    ],
+    [("none", request_of(SESSIONS[0])), ("prompt_cache", request_of()), ("prefix", request_of(cached=False))],
     ids=["none", "prompt_cache without a session", "prefix without cache_control"],
 )
 def test_without_affinity_the_round_robin_has_its_way(accounts, affinity, asked):
@@ -160,26 +156,6 @@ def test_an_account_that_fails_moves_only_its_own_sessions_and_they_come_home(ac
     for _ in range(2):
         for session, order in rankings.items():
             assert home(client, request_of(session)) == order[0]
-
-
-def test_a_home_that_rests_is_passed_over_for_as_long_as_it_said(upstream):
-    clock = Clock()
-    session = next(one for one in SESSIONS if ranking(one)[:2] == ["b", "a"])
-    fakes = {name: upstream() for name in WEIGHTS}
-    fakes["b"].script(error(429, headers=[("retry-after", "60")]))
-    config = Config(
-        upstreams=tuple(
-            UpstreamSettings(name=name, base_url=fakes[name].url, token="t", weight=weight)
-            for name, weight in WEIGHTS.items()
-        )
-    )
-    client = create_app(config, clock).test_client()
-    assert [home(client, request_of(session)) for _ in range(3)] == ["a"] * 3
-    clock.now += 59
-    assert home(client, request_of(session)) == "a"
-    clock.now += 1
-    assert home(client, request_of(session)) == "b"
-    assert len(fakes["b"].seen) == 2
 
 
 def test_a_session_goes_only_where_its_model_is_served(accounts):

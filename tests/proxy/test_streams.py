@@ -14,6 +14,7 @@ import zlib
 import pytest
 from fakes import RawClient, error_event, events, gzipped, message_events
 from in_process import MB, QUESTION, Proxy
+from timing import FAR, soon
 
 EVENTS = message_events(["Hel", "lo ", "\N{GRINNING FACE}\u2028 event: message_stop"])
 WHOLE = b"".join(EVENTS)
@@ -271,15 +272,23 @@ def test_each_piece_starts_the_idle_time_anew(upstream, proxy):
     assert one.ask(stream=True).ending == "end"
 
 
-@pytest.mark.parametrize(("then", "ending"), [("end", "\n"), ("cut", "\r\n"), ("hang", "\r")])
-def test_an_error_event_of_the_upstream_is_relayed_as_it_is_and_breaks_the_connection(
-    upstream, proxy, then, ending
+@pytest.mark.parametrize(
+    ("type_", "then", "line_end", "outcome"),
+    [
+        ("api_error", "end", "\n", "failure"),
+        ("authentication_error", "cut", "\r\n", "failure"),
+        ("overloaded_error", "hang", "\r", "ignored"),
+    ],
+)
+def test_an_error_event_is_relayed_as_it_is_breaks_the_connection_and_counts_as_its_status(
+    upstream, proxy, type_, then, line_end, outcome
 ):
-    event = error_event("api_error").replace(b"\n", ending.encode())
-    one = proxy(upstream(events([*EVENTS[:4], event], then=then)), upstream())
+    event = error_event(type_).replace(b"\n", line_end.encode())
+    one = proxy({"base_url": upstream(events([*EVENTS[:4], event], then=then)), "weight": 9}, upstream())
     given = one.ask(stream=True)
     assert (given.body, given.ending) == (b"".join(EVENTS[:4]) + event, "cut")
-    assert one.outcomes() == [["failure"], []]
+    assert one.outcomes() == [[outcome], []]
+    assert one.ask().upstream == ("b" if type_ == "overloaded_error" else "a")  # its model is in backoff
 
 
 def test_an_event_over_16_mb_breaks_the_stream_without_completing_it(upstream, proxy):
@@ -324,8 +333,9 @@ def test_a_break_after_a_part_of_a_large_event_completes_nothing(upstream, proxy
 def test_what_follows_message_stop_holds_nobody_and_is_a_success(upstream, proxy, monkeypatch, reply):
     monkeypatch.setattr("aiproxy.proxy.stream.END_OF_BODY_SECONDS", 0.1)
     a = upstream(reply)
-    one = proxy(a)
-    given = one.ask(stream=True)
+    one = proxy(a, idle=FAR)
+    with soon():
+        given = one.ask(stream=True)
     assert (given.body.startswith(WHOLE), given.ending) == (True, "end")
     assert one.outcomes() == [["success"]]
 
@@ -387,24 +397,6 @@ def test_a_stream_that_is_closed_twice_is_settled_and_logged_once(upstream, prox
         lines = [line for line in capsys.readouterr().out.splitlines() if " done " in line]
         assert [f"outcome={outcome}" in line for line in lines] == [True]
     assert one.outcomes() == [["success", "failure"]]
-
-
-def test_all_clients_see_their_own_stream(upstream, proxy):
-    gates = [threading.Event() for _ in range(12)]
-
-    def reply(fake, request):
-        n = int(request.json()["messages"][0]["content"])
-        mine = message_events([f"<{n}>"] * 5)
-        events([*mine[:5], gates[n], *mine[5:]], FRAMINGS[n % 3])(fake, request)
-
-    one = proxy(upstream(default=reply), upstream(default=reply))
-    given = [
-        one.begin(question={**STREAMED, "messages": [{"role": "user", "content": str(n)}]}) for n in range(12)
-    ]
-    for n in random.Random(1).sample(range(12), 12):
-        gates[n].set()
-        assert given[n].read().body == b"".join(message_events([f"<{n}>"] * 5))
-    assert one.outcomes() == [["success"] * 6] * 2
 
 
 # ----------------------------------------------------------------------------------------- on the wire

@@ -4,12 +4,14 @@ import contextlib
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from aiproxy.transport import resolver
 from aiproxy.transport.resolver import Resolver
 
+NOT_FOUND = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 FOUND = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("192.0.2.7", 443))]
 
 
@@ -46,36 +48,22 @@ def resolve_threads():
     return [thread for thread in threading.enumerate() if thread.name == "resolve"]
 
 
-def in_threads(count, work):
-    """Do the work in so many threads at once; returns what waits for their results, exceptions included."""
-    results = []
+@pytest.mark.parametrize("answer", [FOUND, NOT_FOUND], ids=["found", "not found"])
+def test_all_who_want_a_name_share_one_lookup(lookups, answer):
+    lookups.answer = answer
+    one, ready = Resolver(), threading.Barrier(21)
 
-    def run():
-        try:
-            results.append(work())
-        except Exception as error:
-            results.append(error)
+    def resolve():
+        ready.wait(5)
+        return one.resolve("api.example", 443, 5)
 
-    threads = [threading.Thread(target=run) for _ in range(count)]
-    for thread in threads:
-        thread.start()
-
-    def wait():
-        for thread in threads:
-            thread.join(5)
-        return results
-
-    return wait
-
-
-def test_all_who_want_a_name_share_one_lookup(lookups):
-    one = Resolver()
-    wait = in_threads(20, lambda: one.resolve("api.example", 443, 5))
-    assert lookups.began.acquire(timeout=2)
-    time.sleep(0.05)  # the others come while it runs
-    assert len(resolve_threads()) == 1
-    lookups.gate.set()
-    assert wait() == [FOUND] * 20
+    with ThreadPoolExecutor(20) as pool:
+        waiting = [pool.submit(resolve) for _ in range(20)]
+        ready.wait(5)
+        assert lookups.began.acquire(timeout=5)
+        time.sleep(0.2)  # the others come while it runs
+        lookups.gate.set()
+        assert [each.exception() or each.result() for each in waiting] == [answer] * 20
     assert lookups.asked == [("api.example", 443)]
 
 
@@ -118,20 +106,10 @@ def test_the_next_caller_takes_the_late_answer_of_a_lookup_that_others_gave_up(l
     one = Resolver()
     with pytest.raises(TimeoutError):
         one.resolve("api.example", 443, 0.01)
-    wait = in_threads(1, lambda: one.resolve("api.example", 443, 5))
-    lookups.gate.set()
-    assert wait() == [FOUND]
-
-
-def test_a_name_that_is_not_found_is_told_to_all_who_wait(lookups):
-    lookups.answer = socket.gaierror(socket.EAI_NONAME, "Name or service not known")
-    one = Resolver()
-    wait = in_threads(5, lambda: one.resolve("nowhere.example", 443, 5))
-    assert lookups.began.acquire(timeout=2)
-    lookups.gate.set()
-    results = wait()
-    assert len(results) == 5
-    assert all(isinstance(result, socket.gaierror) for result in results)
+    with ThreadPoolExecutor(1) as pool:
+        later = pool.submit(one.resolve, "api.example", 443, 5)
+        lookups.gate.set()
+        assert later.result() == FOUND
 
 
 @pytest.mark.parametrize("name", ["a" * 64 + ".example", "a..example", ".example", "\u2028.example"])
