@@ -1,7 +1,8 @@
 """Fixtures that start things on real sockets and see to it that they end with the test.
 
 `upstream` starts fake upstreams, `config_of` spells a configuration that points at them, `serve` runs the
-proxy as users do: gunicorn in a process of its own. What the fakes do is in `fakes.py`.
+proxy as users do: gunicorn in a process of its own. `serving` does so for the tests of a module that share
+one. What the fakes do is in `fakes.py`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import functools
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,16 +24,23 @@ from typing import IO, Any
 
 import pytest
 import yaml
-from fakes import HOST, FakeUpstream, Reply, free_port
+from fakes import HOST, FakeUpstream, Reply, await_that, free_port
 from flask.testing import FlaskClient
 
 ROOT = Path(__file__).resolve().parent.parent
-START_LIMIT = 10.0  # seconds
+START_LIMIT = 20.0  # seconds
 STOP_LIMIT = 5.0
 QUIT_LIMIT = 0.4
+NOTHING_IS_SKIPPED = os.environ.get("AIPROXY_REQUIRE_ALL") == "1"
 
 if str(ROOT) not in sys.path:  # `pytest` alone leaves it out, `python -m pytest` does not
     sys.path.insert(0, str(ROOT))
+
+
+def needs(program: str) -> pytest.MarkDecorator:
+    """Skip a test where that program is missing, unless nothing may be skipped."""
+    is_missing = shutil.which(program) is None
+    return pytest.mark.skipif(is_missing and not NOTHING_IS_SKIPPED, reason=f"{program} is missing")
 
 
 class Output:
@@ -84,14 +93,14 @@ class Output:
 class Served:
     """A gunicorn that runs: its address, its process, what it wrote."""
 
-    def __init__(self, command: list[str], directory: Path, env: dict[str, str], port: int) -> None:
+    def __init__(self, command: list[str], directory: Path, env: Mapping[str, str], port: int) -> None:
         self.port = port
         self.config = Path(env["AIPROXY_CONFIG"])
         self._asked = False
         self.process = subprocess.Popen(
             command,
             cwd=directory,
-            env=env,
+            env={"PATH": os.environ["PATH"], **env},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -123,27 +132,25 @@ class Served:
         """Standard error so far: gunicorn's log."""
         return "\n".join(self._stderr.lines())
 
-    def wait_for_log(self, regex: str, timeout: float = 5.0, since: int = 0) -> re.Match[str]:
+    def wait_for_log(self, regex: str, timeout: float = 10.0, since: int = 0) -> re.Match[str]:
         """Wait for a line of standard output; `since` skips so many, say `len(stdout_lines())` before."""
         return self._stdout.wait_for(regex, timeout, since)
 
-    def wait_for_stderr(self, regex: str, timeout: float = 5.0, since: int = 0) -> re.Match[str]:
+    def wait_for_stderr(self, regex: str, timeout: float = 10.0, since: int = 0) -> re.Match[str]:
         """Wait for a line of standard error, likewise."""
         return self._stderr.wait_for(regex, timeout, since)
 
     def wait_until_ready(self) -> None:
         """Wait until the port accepts; fails at once when the process ends instead."""
-        limit = time.monotonic() + START_LIMIT
-        while True:
+
+        def accepts() -> bool:
+            assert self.process.poll() is None, f"the start ended:\n{self.stderr}"
             with contextlib.suppress(ConnectionRefusedError):
                 socket.create_connection((HOST, self.port), 1).close()
-                return
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                code = self.process.wait(0.02)
-                self._stderr.join()
-                raise AssertionError(f"the start ended with code {code}:\n{self.stderr}")
-            if time.monotonic() > limit:
-                raise AssertionError(f"port {self.port} did not open in {START_LIMIT} s:\n{self.stderr}")
+                return True
+            return False
+
+        await_that(accepts, START_LIMIT)
 
     def wait_exit(self, timeout: float = START_LIMIT) -> int:
         """Wait until the process ended by itself and all it wrote was read; its exit code."""
@@ -197,6 +204,65 @@ def _fill_in(config: Mapping[str, Any] | str, port: int) -> tuple[str, int]:
     return f"bind: {HOST}\nlisten: {port}\n{config}", port
 
 
+def begin_to_serve(
+    path: Path,
+    config: Mapping[str, Any] | str,
+    *,
+    workers: int | None = None,
+    gunicorn_args: Iterable[str] = (),
+    app_dir: Path = ROOT,
+    env: Mapping[str, str] | None = None,
+    wait: bool = True,
+) -> Served:
+    """Write a configuration (a mapping, or YAML text) to that path and serve it by a real gunicorn.
+
+    The address is filled in unless given. `wait=False` does not wait for the port, for starts that fail. The
+    environment holds PATH, AIPROXY_CONFIG and `env`, nothing else. `app_dir` has another wsgi.py to serve.
+    """
+    text, port = _fill_in(config, free_port())
+    path.write_text(text, encoding="utf-8")
+    command = [sys.executable, "-m", "gunicorn", "wsgi:app", "--graceful-timeout", "2"]
+    command += ["--workers", str(workers)] if workers else []
+    served = Served([*command, *gunicorn_args], app_dir, {"AIPROXY_CONFIG": str(path), **(env or {})}, port)
+    if wait:
+        try:
+            served.wait_until_ready()
+        except AssertionError:
+            served.quit()
+            raise
+    return served
+
+
+@contextlib.contextmanager
+def serving(folder: Path, config: Mapping[str, Any] | str, **options: Any) -> Iterator[Served]:
+    """Serve a configuration, as `begin_to_serve` does, for the tests of a module."""
+    served = begin_to_serve(folder / "config.yaml", config, **options)
+    try:
+        yield served
+    finally:
+        served.quit()
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[..., Served]]:
+    """Serve configurations, as `begin_to_serve` does; all stop at the end of the test."""
+    started: list[Served] = []
+
+    def start(config: Mapping[str, Any] | str, **options: Any) -> Served:
+        path = tmp_path / f"config-{len(started) + 1}.yaml"
+        started.append(begin_to_serve(path, config, **options))
+        return started[-1]
+
+    yield start
+    for served in started:
+        served.ask_to_quit()  # all of them first, so that they end side by side
+    for served in started:
+        served.quit()
+        # pytest shows this for a test that failed.
+        print(f"--- {served.url} ended with {served.process.returncode}; its standard output:")
+        print("\n".join(served.stdout_lines()), served.stderr, sep="\n--- its standard error:\n")
+
+
 @pytest.fixture
 def upstream() -> Iterator[Callable[..., FakeUpstream]]:
     """Start a `FakeUpstream` of these replies; all stop at the end of the test."""
@@ -206,6 +272,26 @@ def upstream() -> Iterator[Callable[..., FakeUpstream]]:
             return stack.enter_context(FakeUpstream(*script, **options))
 
         yield start
+
+
+@pytest.fixture
+def config_of() -> Callable[..., dict[str, Any]]:
+    """Spell a configuration: upstreams, named a, b, ... with tokens sk-test-a, ..., and more top-level keys.
+
+    An upstream is a `FakeUpstream`, or its settings, where a `FakeUpstream` may stand as `base_url`.
+    """
+
+    def spell(upstreams: Iterable[FakeUpstream | Mapping[str, Any]], **extra: Any) -> dict[str, Any]:
+        spelt = []
+        for name, one in zip("abcdefgh", upstreams, strict=False):
+            given = {"base_url": one} if isinstance(one, FakeUpstream) else one
+            settings = {"name": name, "token": f"sk-test-{name}", **given}
+            if isinstance(settings["base_url"], FakeUpstream):
+                settings["base_url"] = settings["base_url"].url
+            spelt.append(settings)
+        return {"upstreams": spelt, **extra}
+
+    return spell
 
 
 @pytest.fixture(autouse=True)
@@ -231,82 +317,16 @@ def close_responses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FlaskClient, "open", functools.partialmethod(FlaskClient.open, buffered=True))
 
 
-@pytest.fixture
-def transport() -> Iterator[Any]:
-    """A transport of its own."""
-    from aiproxy.transport.session import Transport
+def _transport(connect: float) -> Any:
+    @pytest.fixture
+    def start() -> Iterator[Any]:
+        from aiproxy.transport.session import Transport
 
-    one = Transport(30.0)
-    yield one
-    one.close()
+        with contextlib.closing(Transport(connect)) as one:
+            yield one
 
-
-@pytest.fixture
-def impatient() -> Iterator[Any]:
-    """A transport whose connect timeout is short."""
-    from aiproxy.transport.session import Transport
-
-    one = Transport(0.15)
-    yield one
-    one.close()
+    return start
 
 
-@pytest.fixture
-def config_of() -> Callable[..., dict[str, Any]]:
-    """Spell a configuration: upstreams, named a, b, ... with tokens sk-test-a, ..., and more top-level keys.
-
-    An upstream is a `FakeUpstream`, or its settings, where a `FakeUpstream` may stand as `base_url`.
-    """
-
-    def spell(upstreams: Iterable[FakeUpstream | Mapping[str, Any]], **extra: Any) -> dict[str, Any]:
-        spelt = []
-        for n, one in enumerate(upstreams):
-            name = chr(ord("a") + n)
-            given = {"base_url": one} if isinstance(one, FakeUpstream) else one
-            settings = {"name": name, "token": f"sk-test-{name}", **given}
-            base_url = settings["base_url"]
-            settings["base_url"] = base_url.url if isinstance(base_url, FakeUpstream) else base_url
-            spelt.append(settings)
-        return {"upstreams": spelt, **extra}
-
-    return spell
-
-
-@pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Callable[..., Served]]:
-    """Serve a configuration (a mapping, or YAML text) by a real gunicorn; all stop at the end of the test.
-
-    The address is filled in unless given. `wait=False` does not wait for the port, for starts that fail. The
-    environment holds PATH, AIPROXY_CONFIG and `env`, nothing else. `app_dir` has another wsgi.py to serve.
-    """
-    started: list[Served] = []
-
-    def start(
-        config: Mapping[str, Any] | str,
-        *,
-        workers: int | None = None,
-        gunicorn_args: Iterable[str] = (),
-        app_dir: Path = ROOT,
-        env: Mapping[str, str] | None = None,
-        wait: bool = True,
-    ) -> Served:
-        text, port = _fill_in(config, free_port())
-        path = tmp_path / f"config-{len(started) + 1}.yaml"
-        path.write_text(text, encoding="utf-8")
-        command = [sys.executable, "-m", "gunicorn", "wsgi:app", "--graceful-timeout", "2"]
-        command += ["--workers", str(workers)] if workers else []
-        environment = {"PATH": os.environ["PATH"], "AIPROXY_CONFIG": str(path), **(env or {})}
-        served = Served([*command, *gunicorn_args], app_dir, environment, port)
-        started.append(served)
-        if wait:
-            served.wait_until_ready()
-        return served
-
-    yield start
-    for served in started:
-        served.ask_to_quit()  # all of them first, so that they end side by side
-    for served in started:
-        served.quit()
-        # pytest shows this for a test that failed.
-        print(f"--- {served.url} ended with {served.process.returncode}; its standard output:")
-        print("\n".join(served.stdout_lines()), served.stderr, sep="\n--- its standard error:\n")
+transport = _transport(30.0)
+impatient = _transport(0.15)  # its connect timeout is short
