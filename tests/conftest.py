@@ -24,7 +24,7 @@ from typing import IO, Any
 
 import pytest
 import yaml
-from fakes import HOST, FakeUpstream, Reply, await_that, free_port
+from fakes import HOST, LOOPBACK_CERT, FakeUpstream, Reply, await_that, free_port
 from flask.testing import FlaskClient
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -272,6 +272,14 @@ def upstream() -> Iterator[Callable[..., FakeUpstream]]:
             return stack.enter_context(FakeUpstream(*script, **options))
 
         yield start
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The file that makes the fakes' certificates verify."""
+    path = tmp_path_factory.mktemp("ca") / "ca.pem"
+    path.write_text(LOOPBACK_CERT)
+    return str(path)
 
 
 @pytest.fixture
