@@ -5,6 +5,7 @@ import json
 import threading
 
 import anthropic
+import in_process
 import pytest
 from accounts import LOST, Account
 from anthropic import beta_tool
@@ -21,8 +22,7 @@ from fakes import (
     whole,
 )
 
-from aiproxy.app import create_app
-from aiproxy.config import BreakerSettings, Config, UpstreamSettings
+from aiproxy.config import BreakerSettings
 from aiproxy.upstreams import message_threads as threads
 from aiproxy.upstreams.message_threads import Owners
 from aiproxy.upstreams.shared_state import State
@@ -33,12 +33,10 @@ CREATE = {"type": "create"}
 def client_of(*upstreams, weights=(), clock=None, must_stream=False, **settings):
     """Upstreams are named a, b, ...; the first is asked first, and far more often if it weighs more."""
     listed = [
-        UpstreamSettings(
-            name=name, base_url=one.url, token=f"sk-test-{name}", weight=weight, must_stream=must_stream
-        )
-        for name, one, weight in zip("abc", upstreams, [*weights, 1, 1, 1], strict=False)
+        {"base_url": one, "weight": weight, "must_stream": must_stream}
+        for one, weight in zip(upstreams, [*weights, 1, 1, 1], strict=False)
     ]
-    return create_app(Config(upstreams=tuple(listed), **settings), clock or Clock()).test_client()
+    return in_process.client_of(*listed, clock=clock or Clock(), **settings)
 
 
 def ask(client, thread=None, stream=False, headers=(), **extra):
