@@ -9,29 +9,19 @@ import os
 import pwd
 import re
 import shlex
-import shutil
 import socket
 import ssl
 import subprocess
-import threading
-import time
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
-import pytest
 import trustme
 from conftest import ROOT
-from fakes import HOST, RawClient, free_port
+from fakes import HOST, RawClient, await_that, free_port
 
 SHIPPED = (ROOT / "deploy" / "nginx.conf").read_text()
 SEVERAL = (ROOT / "deploy" / "several-machines.conf").read_text()
 NAME = "aiproxy.example.com"
-
-needs_nginx = pytest.mark.skipif(
-    shutil.which("nginx") is None and os.environ.get("AIPROXY_REQUIRE_ALL") != "1",
-    reason="nginx is missing",
-)
 
 _AUTHORITY = trustme.CA()
 _CERTIFICATE = _AUTHORITY.issue_cert(NAME)
@@ -97,32 +87,23 @@ class Front:
 
     def log(self, count: int) -> list[str]:
         """The access log, of so many lines: nginx writes one after the client has its answer."""
-        limit = time.monotonic() + 5
-        while True:
-            lines = (self.folder / "aiproxy.access.log").read_text().splitlines()
-            if len(lines) >= count:
-                return lines
-            assert time.monotonic() < limit, lines
-            threading.Event().wait(0.01)
+        path = self.folder / "aiproxy.access.log"
+        await_that(lambda: len(path.read_text().splitlines()) >= count)
+        return path.read_text().splitlines()
 
     def __enter__(self) -> Self:
-        errors = str(self.folder / "error.log")
-        self._process = subprocess.Popen(["nginx", "-c", str(self.folder / "nginx.conf"), "-e", errors])
-        limit = time.monotonic() + 10
-        while True:
-            try:
-                socket.create_connection((HOST, self.plain_port), 1).close()
-            except ConnectionRefusedError:
-                ended = self._process.poll() is not None
-                assert not ended, Path(errors).read_text()
-                assert time.monotonic() < limit
-                threading.Event().wait(0.02)
-            else:
-                return self
+        errors = self.folder / "error.log"
+        self._process = subprocess.Popen(["nginx", "-c", str(self.folder / "nginx.conf"), "-e", str(errors)])
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+        def accepts() -> bool:
+            assert self._process.poll() is None, errors.read_text()
+            with socket.socket() as sock:
+                return sock.connect_ex((HOST, self.plain_port)) == 0
+
+        await_that(accepts)
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._process.terminate()
         self._process.wait(10)
 

@@ -1,24 +1,13 @@
 """A real Redis server that can be paused, killed and started again, with nothing left of what it knew."""
 
 import contextlib
-import os
-import shutil
 import signal
 import subprocess
-import threading
-import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
-import pytest
 import redis
-from fakes import HOST, free_port
-
-needs_redis = pytest.mark.skipif(
-    shutil.which("redis-server") is None and os.environ.get("AIPROXY_REQUIRE_ALL") != "1",
-    reason="redis-server is missing",
-)
+from fakes import HOST, await_that, free_port
 
 
 class RedisServer:
@@ -36,23 +25,22 @@ class RedisServer:
         self.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.kill()
         self._client.close()
 
     def start(self) -> None:
         """Empty, and waited for."""
         self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
-        limit = time.monotonic() + 10
-        while True:
-            with contextlib.suppress(redis.ConnectionError):
-                self._client.ping()
-                return
+
+        def answers() -> bool:
+            assert self._process is not None
             assert self._process.poll() is None, "the server ended"
-            assert time.monotonic() < limit
-            threading.Event().wait(0.02)
+            with contextlib.suppress(redis.ConnectionError):
+                return bool(self._client.ping())
+            return False
+
+        await_that(answers)
 
     def kill(self) -> None:
         """At once; a paused one too."""
@@ -74,8 +62,3 @@ class RedisServer:
     def do(self, *command: Any) -> Any:
         """What the server replies."""
         return self._client.execute_command(*command)
-
-    def scripts_run(self) -> int:
-        """How often a circuit was looked at or changed since the start."""
-        stats: dict[str, Any] = self._client.info("commandstats")
-        return int(stats.get("cmdstat_evalsha", {}).get("calls", 0))

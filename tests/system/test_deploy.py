@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Served
+from conftest import ROOT, Served, needs
 from fakes import (
     HOST,
     FakeUpstream,
@@ -29,7 +29,7 @@ from fakes import (
     message_events,
     whole,
 )
-from front import SHIPPED, Front, needs_nginx
+from front import SHIPPED, Front
 
 from aiproxy.config import Config, UpstreamSettings, load
 
@@ -96,7 +96,7 @@ def sessions(count):
     return [[(SESSION, f"session-{n}")] for n in range(count)]
 
 
-@needs_nginx
+@needs("nginx")
 def test_events_reach_the_client_within_50_ms(front, fake):
     sent = []
 
@@ -119,7 +119,7 @@ def test_events_reach_the_client_within_50_ms(front, fake):
     assert max(delays) < 0.05
 
 
-@needs_nginx
+@needs("nginx")
 def test_events_are_live_over_http_2_too(front, fake):
     gate = threading.Event()
     fake.script(events([*SPOKEN[:5], gate, *SPOKEN[5:]]))
@@ -135,7 +135,7 @@ def test_events_are_live_over_http_2_too(front, fake):
     assert (early + rest).removesuffix(b"HTTP/2") == b"".join(SPOKEN)
 
 
-@needs_nginx
+@needs("nginx")
 def test_a_stream_that_breaks_off_does_not_end_well(front, fake):
     fake.script(events(SPOKEN[:6], then="cut"), events(SPOKEN[:6], then="cut"))
     got = asked(front, STREAM)
@@ -145,7 +145,7 @@ def test_a_stream_that_breaks_off_does_not_end_well(front, fake):
     assert subprocess.run(command, check=False, stderr=subprocess.DEVNULL).returncode != 0
 
 
-@needs_nginx
+@needs("nginx")
 def test_a_body_of_30_mb_passes_whole(front, fake):
     body = json.dumps({**ASK, "padding": "x" * 30 * 1024 * 1024}).encode()
     before = len(fake.seen)
@@ -153,7 +153,7 @@ def test_a_body_of_30_mb_passes_whole(front, fake):
     assert fake.seen[before].body == body
 
 
-@needs_nginx
+@needs("nginx")
 @pytest.mark.parametrize(("size", "whose"), [(33, "32 MB"), (65, "64 MB")], ids=["aiproxy's", "nginx's"])
 def test_a_body_too_large_is_refused_in_the_api_s_shape(front, fake, size, whose):
     before = len(fake.seen)
@@ -171,7 +171,7 @@ def test_a_body_too_large_is_refused_in_the_api_s_shape(front, fake, size, whose
     assert len(fake.seen) == before
 
 
-@needs_nginx
+@needs("nginx")
 @pytest.mark.parametrize("body", [ASK, STREAM], ids=["whole", "stream"])
 def test_a_client_that_leaves_is_noticed_within_a_second(front, fake, body):
     fake.script(hang())
@@ -183,7 +183,7 @@ def test_a_client_that_leaves_is_noticed_within_a_second(front, fake, body):
     assert fake.wait_left(fake.seen[-1].connection) - began < 1
 
 
-@needs_nginx
+@needs("nginx")
 @pytest.mark.parametrize(
     ("body", "reply"),
     [(ASK, later(0.75, answer())), (STREAM, events([*SPOKEN[:5], 0.75, *SPOKEN[5:]]))],
@@ -204,7 +204,7 @@ def test_nginx_waits_longer_than_aiproxy_may_take():
     assert waits > timeouts.idle
 
 
-@needs_nginx
+@needs("nginx")
 def test_event_streams_are_not_compressed(front, fake):
     fake.script(events([each * 50 for each in SPOKEN]))
     got = asked(front, STREAM, headers=[("accept-encoding", "gzip, deflate, br")])
@@ -212,7 +212,7 @@ def test_event_streams_are_not_compressed(front, fake):
     assert b"message_stop" in got.body
 
 
-@needs_nginx
+@needs("nginx")
 def test_aiproxy_is_asked_by_http_1_1_and_told_how_the_client_asked(tmp_path):
     got = bytearray()
     with socket.create_server((HOST, 0)) as listener:
@@ -238,7 +238,7 @@ def test_aiproxy_is_asked_by_http_1_1_and_told_how_the_client_asked(tmp_path):
     assert not [line for line in lines if "gopher" in line or "192.0.2.1" in line]
 
 
-@needs_nginx
+@needs("nginx")
 def test_a_stopped_instance_costs_nothing(served, fake, tmp_path):
     for n, instances in enumerate([(dead_port(), served.port), (served.port, dead_port())]):
         with Front(tmp_path / f"nginx-{n}", instances) as front:
@@ -246,7 +246,7 @@ def test_a_stopped_instance_costs_nothing(served, fake, tmp_path):
             assert 0 < len([line for line in front.log(24) if ", " in line]) < 24
 
 
-@needs_nginx
+@needs("nginx")
 def test_a_post_that_was_sent_is_never_sent_again(tmp_path, upstream):
     fakes = [upstream(default=close_now()) for _ in "ab"]
     with Front(tmp_path / "nginx", tuple(each.port for each in fakes)) as front:
@@ -256,7 +256,7 @@ def test_a_post_that_was_sent_is_never_sent_again(tmp_path, upstream):
     assert replies[0].json()["error"]["type"] == "api_error"
 
 
-@needs_nginx
+@needs("nginx")
 def test_no_instance_at_all_is_a_502_in_the_api_s_shape_and_no_longer_than_that(tmp_path):
     ports = dead_port(), dead_port()
     with Front(tmp_path / "nginx", ports) as front:
@@ -268,7 +268,7 @@ def test_no_instance_at_all_is_a_502_in_the_api_s_shape_and_no_longer_than_that(
                 assert asked(front).status == 200
 
 
-@needs_nginx
+@needs("nginx")
 def test_a_slow_upload_waits_at_nginx(bare):
     with bare.client() as slow:
         slow.send(b"POST /v1/messages HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n{")
@@ -279,7 +279,7 @@ def test_a_slow_upload_waits_at_nginx(bare):
     assert sum(fake.connections for fake in bare.instances) == 2
 
 
-@needs_nginx
+@needs("nginx")
 def test_a_conversation_stays_with_one_instance_and_many_are_spread(bare):
     for each in sessions(25) * 2:  # by turns, an odd number would not come round to the same
         assert asked(bare, headers=each).status == 200
@@ -288,7 +288,7 @@ def test_a_conversation_stays_with_one_instance_and_many_are_spread(bare):
     assert min(len(one), len(two)) >= 2
 
 
-@needs_nginx
+@needs("nginx")
 def test_a_client_without_a_session_stays_with_one_instance(bare):
     for n in range(16):
         asked(bare, headers=[("x-api-key", f"sk-test-{n % 4}")])
@@ -298,7 +298,7 @@ def test_a_client_without_a_session_stays_with_one_instance(bare):
         assert one.isdisjoint(two)
 
 
-@needs_nginx
+@needs("nginx")
 @pytest.mark.parametrize(
     "target", ["/metrics", "/status", "/status/", "/status/x", "//metrics", "/%6detrics?x", "/v1/../status"]
 )
@@ -308,7 +308,7 @@ def test_what_is_for_the_operator_is_not_served_to_the_world(bare, target):
     assert [fake.seen for fake in bare.instances] == [[], []]
 
 
-@needs_nginx
+@needs("nginx")
 def test_an_answer_cannot_command_nginx(bare):
     commands = [("x-accel-redirect", "/elsewhere"), ("x-accel-buffering", "yes"), ("x-accel-limit-rate", "1")]
     for fake in bare.instances:
@@ -316,14 +316,14 @@ def test_an_answer_cannot_command_nginx(bare):
     assert asked(bare).body == b"x" * 5000
 
 
-@needs_nginx
+@needs("nginx")
 def test_an_answer_with_a_large_head_passes(bare):
     for fake in bare.instances:
         fake.script(whole(200, b"{}", [("x-large", "x" * 20000)]))
     assert asked(bare).status == 200
 
 
-@needs_nginx
+@needs("nginx")
 def test_a_header_field_of_40_kb_and_an_answer_head_of_24_kb_pass_nginx_and_aiproxy(front, fake):
     fake.script(answer(headers=[("x-large", "y" * 24 * 1024)]))
     before = len(fake.seen)
@@ -332,7 +332,7 @@ def test_a_header_field_of_40_kb_and_an_answer_head_of_24_kb_pass_nginx_and_aipr
     assert fake.seen[before].header("x-large") == "x" * 40 * 1024
 
 
-@needs_nginx
+@needs("nginx")
 def test_the_access_log_names_the_request_and_no_secret(bare):
     for fake in bare.instances:
         fake.script(answer(headers=[("request-id", "req_of_the_upstream")]))
@@ -345,7 +345,7 @@ def test_the_access_log_names_the_request_and_no_secret(bare):
     assert 'id="req_of_the_upstream"' in line
 
 
-@needs_nginx
+@needs("nginx")
 def test_plain_http_is_refused_and_never_passed_on(bare):
     with RawClient(HOST, bare.plain_port) as client:
         client.post(ASK)

@@ -15,9 +15,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Served
+from conftest import ROOT, Served, needs
 from fakes import Ended, FakeUpstream, RawClient, events, free_port, message_events, whole
-from front import Front, needs_nginx
+from front import Front
 
 ASK = {"model": "claude-x", "max_tokens": 9, "messages": [{"role": "user", "content": "Hi"}]}
 WORDS = message_events(["word "] * 8)
@@ -123,7 +123,7 @@ def assert_nothing_lost(load, seconds):
     assert load.outcomes["request"] > seconds / EVERY / 2  # they did come all the while
 
 
-@needs_nginx
+@needs("nginx")
 def test_two_instances_restarted_in_turn_lose_nothing(config, tmp_path):
     ports = free_port(), free_port()
     with contextlib.ExitStack() as stack:
