@@ -13,7 +13,7 @@ from aiproxy.transport.wait import Shutdown, Wait
 _never = Shutdown()
 
 
-def unwatched() -> Wait:
+def unwatched():
     """The wait of a request that nothing but its own limits ends."""
     return Wait(None, _never)
 
@@ -21,21 +21,21 @@ def unwatched() -> Wait:
 class Leaving:
     """A client's connection whose other side can leave."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self._here, self._there = socket.socketpair()
         self.wait = Wait(self._here, _never)
 
-    def leave(self) -> None:
+    def leave(self):
         """Close the other side."""
         self._there.close()
 
-    def __enter__(self) -> "Leaving":
+    def __enter__(self):
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *_):
         self.close()
 
-    def close(self) -> None:
+    def close(self):
         """Close both sides."""
         self._there.close()
         self._here.close()

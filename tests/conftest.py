@@ -18,13 +18,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
 
 import pytest
 import yaml
-from fakes import HOST, LOOPBACK_CERT, FakeUpstream, Reply, await_that, free_port
+from fakes import HOST, LOOPBACK_CERT, FakeUpstream, await_that, free_port
 from flask.testing import FlaskClient
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,7 +35,7 @@ if str(ROOT) not in sys.path:  # `pytest` alone leaves it out, `python -m pytest
     sys.path.insert(0, str(ROOT))
 
 
-def needs(program: str) -> pytest.MarkDecorator:
+def needs(program):
     """Skip a test where that program is missing, unless nothing may be skipped."""
     is_missing = shutil.which(program) is None
     return pytest.mark.skipif(is_missing and not NOTHING_IS_SKIPPED, reason=f"{program} is missing")
@@ -46,20 +44,20 @@ def needs(program: str) -> pytest.MarkDecorator:
 class Output:
     """What a process writes to one pipe, line by line; a thread of its own collects it to the end."""
 
-    def __init__(self, pipe: IO[str]) -> None:
+    def __init__(self, pipe):
         self._pipe = pipe
-        self._lines: list[str] = []
+        self._lines = []
         self._ended = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._collect, name="output")
         self._thread.start()
 
-    def lines(self) -> list[str]:
+    def lines(self):
         """All lines so far, without their line ends."""
         with self._changed:
             return list(self._lines)
 
-    def wait_for(self, regex: str, timeout: float, since: int) -> re.Match[str]:
+    def wait_for(self, regex, timeout, since):
         """Wait for a line, from number `since` on, that the expression is found in."""
         pattern = re.compile(regex)
         limit = time.monotonic() + timeout
@@ -75,11 +73,11 @@ class Output:
                     raise AssertionError(f"{why} without /{regex}/ in:\n" + "\n".join(self._lines))
                 self._changed.wait(left)
 
-    def join(self) -> None:
+    def join(self):
         """Wait until the pipe ended."""
         self._thread.join(STOP_LIMIT)
 
-    def _collect(self) -> None:
+    def _collect(self):
         with self._pipe:
             for line in self._pipe:
                 with self._changed:
@@ -93,7 +91,7 @@ class Output:
 class Served:
     """A gunicorn that runs: its address, its process, what it wrote."""
 
-    def __init__(self, command: list[str], directory: Path, env: Mapping[str, str], port: int) -> None:
+    def __init__(self, command, directory, env, port):
         self.port = port
         self.config = Path(env["AIPROXY_CONFIG"])
         self._asked = False
@@ -114,36 +112,36 @@ class Served:
         self._stderr = Output(self.process.stderr)
 
     @property
-    def url(self) -> str:
+    def url(self):
         """Where it serves: `http://127.0.0.1:port`."""
         return f"http://{HOST}:{self.port}"
 
-    def workers(self) -> list[int]:
+    def workers(self):
         """The process ids of its workers."""
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         return [int(pid) for pid in children.read_text().split()]
 
-    def stdout_lines(self) -> list[str]:
+    def stdout_lines(self):
         """The lines on standard output so far: the proxy's own log."""
         return self._stdout.lines()
 
     @property
-    def stderr(self) -> str:
+    def stderr(self):
         """Standard error so far: gunicorn's log."""
         return "\n".join(self._stderr.lines())
 
-    def wait_for_log(self, regex: str, timeout: float = 10.0, since: int = 0) -> re.Match[str]:
+    def wait_for_log(self, regex, timeout=10.0, since=0):
         """Wait for a line of standard output; `since` skips so many, say `len(stdout_lines())` before."""
         return self._stdout.wait_for(regex, timeout, since)
 
-    def wait_for_stderr(self, regex: str, timeout: float = 10.0, since: int = 0) -> re.Match[str]:
+    def wait_for_stderr(self, regex, timeout=10.0, since=0):
         """Wait for a line of standard error, likewise."""
         return self._stderr.wait_for(regex, timeout, since)
 
-    def wait_until_ready(self) -> None:
+    def wait_until_ready(self):
         """Wait until the port accepts; fails at once when the process ends instead."""
 
-        def accepts() -> bool:
+        def accepts():
             assert self.process.poll() is None, f"the start ended:\n{self.stderr}"
             with contextlib.suppress(ConnectionRefusedError):
                 socket.create_connection((HOST, self.port), 1).close()
@@ -152,26 +150,26 @@ class Served:
 
         await_that(accepts, START_LIMIT)
 
-    def wait_exit(self, timeout: float = START_LIMIT) -> int:
+    def wait_exit(self, timeout=START_LIMIT):
         """Wait until the process ended by itself and all it wrote was read; its exit code."""
         code = self.process.wait(timeout)
         self._stdout.join()
         self._stderr.join()
         return code
 
-    def ask_to_stop(self) -> None:
+    def ask_to_stop(self):
         """Send SIGTERM, once."""
         if not self._asked:
             self._asked = True
             self.process.terminate()
 
-    def ask_to_quit(self) -> None:
+    def ask_to_quit(self):
         """Send SIGQUIT, which cuts off what still runs, unless it was asked to stop."""
         if not self._asked:
             self._asked = True
             self.process.send_signal(signal.SIGQUIT)
 
-    def quit(self) -> None:
+    def quit(self):
         """End it at once. A worker that is only starting misses every signal but SIGKILL."""
         self.ask_to_quit()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -182,7 +180,7 @@ class Served:
                     os.kill(worker, signal.SIGKILL)
         self.stop()
 
-    def stop(self) -> int:
+    def stop(self):
         """SIGTERM, after five seconds SIGKILL to its process group; its exit code. Again does no harm."""
         self.ask_to_stop()
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -192,7 +190,7 @@ class Served:
         return self.wait_exit(STOP_LIMIT)
 
 
-def _fill_in(config: Mapping[str, Any] | str, port: int) -> tuple[str, int]:
+def _fill_in(config, port):
     """The YAML text with an address in it, and the port; a text that names its own is left alone."""
     if not isinstance(config, str):
         whole = {"bind": HOST, "listen": port, **config}
@@ -204,16 +202,7 @@ def _fill_in(config: Mapping[str, Any] | str, port: int) -> tuple[str, int]:
     return f"bind: {HOST}\nlisten: {port}\n{config}", port
 
 
-def begin_to_serve(
-    path: Path,
-    config: Mapping[str, Any] | str,
-    *,
-    workers: int | None = None,
-    gunicorn_args: Iterable[str] = (),
-    app_dir: Path = ROOT,
-    env: Mapping[str, str] | None = None,
-    wait: bool = True,
-) -> Served:
+def begin_to_serve(path, config, *, workers=None, gunicorn_args=(), app_dir=ROOT, env=None, wait=True):
     """Write a configuration (a mapping, or YAML text) to that path and serve it by a real gunicorn.
 
     The address is filled in unless given. `wait=False` does not wait for the port, for starts that fail. The
@@ -234,7 +223,7 @@ def begin_to_serve(
 
 
 @contextlib.contextmanager
-def serving(folder: Path, config: Mapping[str, Any] | str, **options: Any) -> Iterator[Served]:
+def serving(folder, config, **options):
     """Serve a configuration, as `begin_to_serve` does, for the tests of a module."""
     served = begin_to_serve(folder / "config.yaml", config, **options)
     try:
@@ -244,11 +233,11 @@ def serving(folder: Path, config: Mapping[str, Any] | str, **options: Any) -> It
 
 
 @pytest.fixture
-def serve(tmp_path: Path) -> Iterator[Callable[..., Served]]:
+def serve(tmp_path):
     """Serve configurations, as `begin_to_serve` does; all stop at the end of the test."""
-    started: list[Served] = []
+    started = []
 
-    def start(config: Mapping[str, Any] | str, **options: Any) -> Served:
+    def start(config, **options):
         path = tmp_path / f"config-{len(started) + 1}.yaml"
         started.append(begin_to_serve(path, config, **options))
         return started[-1]
@@ -264,18 +253,18 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Served]]:
 
 
 @pytest.fixture
-def upstream() -> Iterator[Callable[..., FakeUpstream]]:
+def upstream():
     """Start a `FakeUpstream` of these replies; all stop at the end of the test."""
     with contextlib.ExitStack() as stack:
 
-        def start(*script: Reply, **options: Any) -> FakeUpstream:
+        def start(*script, **options):
             return stack.enter_context(FakeUpstream(*script, **options))
 
         yield start
 
 
 @pytest.fixture(scope="session")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
+def bundle(tmp_path_factory):
     """The file that makes the fakes' certificates verify."""
     path = tmp_path_factory.mktemp("ca") / "ca.pem"
     path.write_text(LOOPBACK_CERT)
@@ -283,13 +272,13 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def config_of() -> Callable[..., dict[str, Any]]:
+def config_of():
     """Spell a configuration: upstreams, named a, b, ... with tokens sk-test-a, ..., and more top-level keys.
 
     An upstream is a `FakeUpstream`, or its settings, where a `FakeUpstream` may stand as `base_url`.
     """
 
-    def spell(upstreams: Iterable[FakeUpstream | Mapping[str, Any]], **extra: Any) -> dict[str, Any]:
+    def spell(upstreams, **extra):
         spelt = []
         for name, one in zip("abcdefgh", upstreams, strict=False):
             given = {"base_url": one} if isinstance(one, FakeUpstream) else one
@@ -303,13 +292,13 @@ def config_of() -> Callable[..., dict[str, Any]]:
 
 
 @pytest.fixture(autouse=True)
-def close_apps(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def close_apps(monkeypatch):
     """Give back what the applications that a test builds hold: a thread, descriptors, connections."""
     from aiproxy.app import Service
 
-    built: list[Service] = []
+    built = []
 
-    def build(*args: Any) -> Service:
+    def build(*args):
         built.append(Service(*args))
         return built[-1]
 
@@ -320,14 +309,14 @@ def close_apps(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def close_responses(monkeypatch: pytest.MonkeyPatch) -> None:
+def close_responses(monkeypatch):
     """Let Flask's test client read and close each response, as a server does."""
     monkeypatch.setattr(FlaskClient, "open", functools.partialmethod(FlaskClient.open, buffered=True))
 
 
-def _transport(connect: float) -> Any:
+def _transport(connect):
     @pytest.fixture
-    def start() -> Iterator[Any]:
+    def start():
         from aiproxy.transport.session import Transport
 
         with contextlib.closing(Transport(connect)) as one:

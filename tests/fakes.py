@@ -1,9 +1,10 @@
 """Fakes on real sockets: an upstream that misbehaves on demand, ports that do not answer, a bare client.
 
 `FakeUpstream` owns a listening socket and its threads; a *reply* (any callable of a `Wire` and a `Seen`)
-decides what one request gets back, byte by byte. `RawClient` is the other end: it knows when each piece
-arrived and how the body ended. h11 reads HTTP at both ends; what is written is literal, so that it can be
-wrong. Waiting ends at once when the fake is stopped. Nothing here knows the proxy.
+decides what one request gets back, byte by byte. In a reply's `headers` None takes a default header away.
+`RawClient` is the other end: it knows when each piece arrived and how the body ended. h11 reads HTTP at both
+ends; what is written is literal, so that it can be wrong. Waiting ends at once when the fake is stopped.
+Nothing here knows the proxy.
 """
 
 from __future__ import annotations
@@ -21,17 +22,11 @@ import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Self
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 import h11
 import trustme
-
-Headers = Iterable[tuple[str, str | None]]  # in a reply's `headers=`, None takes a default header away
-Item = bytes | float | threading.Event  # a piece to send; a pause in seconds; a gate to wait for
-Framing = Literal["chunked", "length", "close"]
-Ending = Literal["end", "cut", "reset", "hang"]
 
 HOST = "127.0.0.1"
 PIECE = 65536
@@ -59,14 +54,14 @@ _request_ids = itertools.count(1)
 class Clock:
     """Seconds that stand still until a test moves them."""
 
-    def __init__(self, now: float = 1000.0) -> None:
+    def __init__(self, now=1000.0):
         self.now = now
 
-    def __call__(self) -> float:
+    def __call__(self):
         return self.now
 
 
-def await_that(condition: Callable[[], Any], limit: float = 10.0) -> None:
+def await_that(condition, limit=10.0):
     """Wait until it is true, at most `limit` seconds."""
     ends = time.monotonic() + limit
     while not condition():
@@ -82,7 +77,7 @@ class Ended(Exception):
     """No more bytes come from this socket."""
 
 
-def _next_event(parser: h11.Connection, recv: Callable[[], bytes]) -> Any:
+def _next_event(parser, recv):
     """What h11 reads next; raises `Ended` where the bytes end before."""
     while (event := parser.next_event()) is h11.NEED_DATA:
         data = recv()
@@ -92,18 +87,18 @@ def _next_event(parser: h11.Connection, recv: Callable[[], bytes]) -> Any:
     return event
 
 
-def _parser(role: type[h11.Sentinel], begun: bytes) -> h11.Connection:
+def _parser(role, begun):
     parser = h11.Connection(role, LARGEST_HEAD)
     if begun:
         parser.receive_data(begun)
     return parser
 
 
-def _pairs(event: h11.Request | h11.Response) -> list[tuple[str, str]]:
+def _pairs(event):
     return [(name.decode("latin-1"), value.decode("latin-1")) for name, value in event.headers.raw_items()]
 
 
-def _first(headers: Iterable[tuple[str, str]], name: str) -> str | None:
+def _first(headers, name):
     return next((value for key, value in headers if key.lower() == name.lower()), None)
 
 
@@ -119,15 +114,15 @@ class Seen(NamedTuple):
     body: bytes
     connection: int
 
-    def header(self, name: str) -> str | None:
+    def header(self, name):
         """The first header of that name, in any case."""
         return _first(self.headers, name)
 
-    def every(self, name: str) -> list[str]:
+    def every(self, name):
         """All values of that header, in order."""
         return [value for key, value in self.headers if key.lower() == name.lower()]
 
-    def json(self) -> Any:
+    def json(self):
         """The body, parsed."""
         return json.loads(self.body)
 
@@ -135,14 +130,14 @@ class Seen(NamedTuple):
 class Connection:
     """One accepted connection: its own thread notices and notes its end, whoever ends it, once."""
 
-    def __init__(self, sock: socket.socket, ordinal: int, changed: threading.Condition) -> None:
+    def __init__(self, sock, ordinal, changed):
         self.sock = sock
         self.ordinal = ordinal
-        self.left_at: float | None = None
+        self.left_at = None
         self.is_over = False
         self._changed = changed
 
-    def note_end(self, *, has_left: bool) -> None:
+    def note_end(self, *, has_left):
         """Note that the peer, or this side, ended it, unless that is known."""
         with self._changed:
             if not self.is_over:
@@ -150,7 +145,7 @@ class Connection:
                 self.left_at = time.monotonic() if has_left else None
                 self._changed.notify_all()
 
-    def wait_over(self, seconds: float | None = None) -> bool:
+    def wait_over(self, seconds=None):
         """Whether it is over within so many seconds; without a number it is waited for."""
         if not self.is_over:
             poll = select.poll()
@@ -159,19 +154,19 @@ class Connection:
                 self.note_end(has_left=True)
         return self.is_over
 
-    def close(self) -> None:
+    def close(self):
         """Close for good; by FIN, or by RST if the peer sent something that was not read."""
         self.wait_over(0)
         self.note_end(has_left=False)
         self.sock.close()
 
-    def shut(self) -> None:
+    def shut(self):
         """End it from another thread: whatever blocks on the socket returns, and the owner closes."""
         self.note_end(has_left=False)
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
 
-    def secure(self, context: ssl.SSLContext) -> None:
+    def secure(self, context):
         """Put TLS on it; a handshake that fails counts as the peer's leaving, and raises `PeerLeft`."""
         self.sock = context.wrap_socket(self.sock, server_side=True, do_handshake_on_connect=False)
         if self.is_over:  # shut() may have met the socket that was just replaced
@@ -182,7 +177,7 @@ class Connection:
             self.note_end(has_left=True)
             raise PeerLeft from error
 
-    def recv(self) -> bytes:
+    def recv(self):
         """The next bytes, or none when the connection is over, for whatever cause."""
         try:
             data = self.sock.recv(PIECE)
@@ -192,7 +187,7 @@ class Connection:
             self.note_end(has_left=True)
         return data
 
-    def send(self, data: bytes) -> None:
+    def send(self, data):
         """Send all of it; raises `PeerLeft` when the connection is over."""
         try:
             self.sock.sendall(data)
@@ -204,12 +199,12 @@ class Connection:
 class Wire:
     """What a reply writes on: the raw connection, with the few HTTP framings at hand."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection):
         self.connection = connection
         self.closing = False  # the head said `connection: close`
         self.send = connection.send  # literal bytes
 
-    def head(self, status: int, headers: Iterable[tuple[str, str]] = ()) -> None:
+    def head(self, status, headers=()):
         """Send a status line and exactly these headers."""
         known = {each.value: each.phrase for each in http.HTTPStatus}
         reason = known.get(status, "Overloaded" if status == 529 else "Unknown")
@@ -217,30 +212,30 @@ class Wire:
         self.closing = (_first(pairs, "connection") or "").lower() == "close"
         self.send(_head(f"HTTP/1.1 {status} {reason}", pairs))
 
-    def chunk(self, data: bytes) -> None:
+    def chunk(self, data):
         """Send one chunk of a chunked body; nothing for no bytes, since an empty chunk would end it."""
         if data:
             self.send(b"%x\r\n%b\r\n" % (len(data), data))
 
-    def end(self) -> None:
+    def end(self):
         """End a chunked body."""
         self.send(b"0\r\n\r\n")
 
-    def close(self) -> None:
+    def close(self):
         """Close the connection (FIN; under TLS without a close_notify)."""
         self.connection.close()
 
-    def reset(self) -> None:
+    def reset(self):
         """Break the connection (RST)."""
         with contextlib.suppress(OSError):
             _break_at_close(self.connection.sock)
         self.connection.close()
 
-    def hang(self, seconds: float | None = None) -> bool:
+    def hang(self, seconds=None):
         """Say nothing until the peer leaves or the server stops (then True), at most that many seconds."""
         return self.connection.wait_over(seconds)
 
-    def pause(self, item: float | threading.Event) -> None:
+    def pause(self, item):
         """Wait so many seconds, or for that gate to open; raises `PeerLeft` if the connection ends before."""
         if isinstance(item, threading.Event):
             limit = time.monotonic() + GATE_LIMIT
@@ -250,7 +245,7 @@ class Wire:
         if self.hang(item):
             raise PeerLeft
 
-    def drain(self) -> None:
+    def drain(self):
         """Half-close, then read and throw away until the peer is done: the polite way to refuse an upload."""
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self.connection.sock, socket.SHUT_WR)
@@ -258,25 +253,22 @@ class Wire:
             pass
 
 
-def _head(first: str, headers: Iterable[tuple[str, str]]) -> bytes:
+def _head(first, headers):
     lines = [first, *(f"{name}: {value}" for name, value in headers), "", ""]
     return "\r\n".join(lines).encode("latin-1")
 
 
-def _break_at_close(sock: socket.socket) -> None:
+def _break_at_close(sock):
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-
-
-Reply = Callable[[Wire, Seen], None]
 
 
 class BeforeBody:
     """Marks a reply that is given after the request's head, the body unread; then the connection closes."""
 
-    def __init__(self, reply: Reply) -> None:
+    def __init__(self, reply):
         self._reply = reply
 
-    def __call__(self, wire: Wire, seen: Seen) -> None:
+    def __call__(self, wire, seen):
         self._reply(wire, seen)
 
 
@@ -287,46 +279,44 @@ class FakeUpstream:
     so that an upstream can come back where it was; `tls` is a server-side context, such as `loopback_tls()`.
     """
 
-    def __init__(
-        self, *script: Reply, default: Reply | None = None, tls: ssl.SSLContext | None = None, port: int = 0
-    ) -> None:
-        self.seen: list[Seen] = []
+    def __init__(self, *script, default=None, tls=None, port=0):
+        self.seen = []
         self.port = port
         self._queue = deque(script)
         self._default = default or answer()
         self._tls = tls
         self._changed = threading.Condition()
-        self._connections: list[Connection] = []
-        self._threads: list[threading.Thread] = []
-        self._listener: socket.socket | None = None
+        self._connections = []
+        self._threads = []
+        self._listener = None
 
     @property
-    def url(self) -> str:
+    def url(self):
         """Where it listens: `http://127.0.0.1:port`."""
         return f"{'https' if self._tls else 'http'}://{HOST}:{self.port}"
 
     @property
-    def connections(self) -> int:
+    def connections(self):
         """How many TCP connections were accepted so far."""
         return len(self._connections)
 
     @property
-    def open_connections(self) -> int:
+    def open_connections(self):
         """How many of them neither side has closed."""
         return sum(not connection.is_over for connection in self._connections)
 
-    def script(self, *replies: Reply) -> None:
+    def script(self, *replies):
         """Queue further replies, one a request."""
         with self._changed:
             self._queue.extend(replies)
 
-    def wait_for(self, n: int, timeout: float = 10.0) -> None:
+    def wait_for(self, n, timeout=10.0):
         """Wait until `n` requests were seen, since the start."""
         with self._changed:
             came = self._changed.wait_for(lambda: len(self.seen) >= n, timeout)
             assert came, f"{len(self.seen)} of {n} requests came in {timeout} s"
 
-    def wait_left(self, connection: int = 1, timeout: float = 10.0) -> float:
+    def wait_left(self, connection=1, timeout=10.0):
         """Wait until the peer closed that connection (the first is 1); the `time.monotonic()` when it did.
 
         A half-close counts. It is an error if this side closed first.
@@ -341,7 +331,7 @@ class FakeUpstream:
         assert left_at is not None, f"connection {connection} was closed by the fake itself"
         return left_at
 
-    def __enter__(self) -> Self:
+    def __enter__(self):
         self._listener = socket.socket()
         self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._listener.bind((HOST, self.port))
@@ -351,10 +341,10 @@ class FakeUpstream:
         self._acceptor.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *_):
         self.stop()
 
-    def stop(self) -> None:
+    def stop(self):
         """Close the port and every connection, and wait for the threads; more than once does no harm."""
         if self._listener is None:
             return
@@ -368,8 +358,7 @@ class FakeUpstream:
             thread.join(5)
             assert not thread.is_alive(), f"{thread.name} did not end: a reply does not heed wire.hang()"
 
-    def _accept(self) -> None:
-        assert self._listener is not None
+    def _accept(self):
         with contextlib.suppress(OSError):  # until it is shut down
             while True:
                 sock, _ = self._listener.accept()
@@ -381,15 +370,15 @@ class FakeUpstream:
                 self._threads.append(threading.Thread(target=self._serve, args=(connection,), name=name))
                 self._threads[-1].start()
 
-    def _serve(self, connection: Connection) -> None:
+    def _serve(self, connection):
         with contextlib.closing(connection), contextlib.suppress(PeerLeft, Ended):
             if self._tls:
                 connection.secure(self._tls)
-            rest: bytes | None = b""
+            rest = b""
             while rest is not None:
                 rest = self._one(connection, rest)
 
-    def _one(self, connection: Connection, begun: bytes) -> bytes | None:
+    def _one(self, connection, begun):
         """Read a request and reply; what has come behind it, None when the connection is to be closed."""
         parser = _parser(h11.SERVER, begun)
         try:
@@ -418,32 +407,28 @@ class FakeUpstream:
 # ------------------------------------------------------------------------------ what the API would say
 
 
-def event(name: str, data: Mapping[str, Any]) -> bytes:
+def event(name, data):
     """One server-sent event, as the API writes it."""
     return f"event: {name}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n".encode()
 
 
-def ping() -> bytes:
+def ping():
     """The API's keep-alive event."""
     return event("ping", {"type": "ping"})
 
 
-def error_event(type: str = "overloaded_error", message: str = "Overloaded") -> bytes:
+def error_event(type="overloaded_error", message="Overloaded"):
     """An error that comes inside a stream, after its 200."""
     return event("error", {"type": "error", "error": {"type": type, "message": message}})
 
 
-def tool_use(
-    name: str = "get_weather", input: Mapping[str, Any] | None = None, id: str = "toolu_01Fake"
-) -> dict[str, Any]:
+def tool_use(name="get_weather", input=None, id="toolu_01Fake"):
     """A tool_use block for `message_json`, `message_events` and `answer`."""
     return {"type": "tool_use", "id": id, "name": name, "input": dict(input or {"city": "Oslo", "days": 3})}
 
 
-def _message(
-    text: str, model: str, usage: Mapping[str, Any] | None, tool: Mapping[str, Any] | None, id: str
-) -> dict[str, Any]:
-    content: list[dict[str, Any]] = [{"type": "text", "text": text}]
+def _message(text, model, usage, tool, id):
+    content = [{"type": "text", "text": text}]
     return {
         "id": id,
         "type": "message",
@@ -462,24 +447,12 @@ def _message(
     }
 
 
-def message_json(
-    text: str = "ok",
-    model: str = "claude-x",
-    usage: Mapping[str, Any] | None = None,
-    tool: Mapping[str, Any] | None = None,
-    id: str = "msg_01Fake",
-) -> bytes:
+def message_json(text="ok", model="claude-x", usage=None, tool=None, id="msg_01Fake"):
     """A whole Message; `message_events` of the same arguments spells an equal one."""
     return json.dumps(_message(text, model, usage, tool, id), ensure_ascii=False).encode()
 
 
-def message_events(
-    text_pieces: Sequence[str] = ("o", "k"),
-    model: str = "claude-x",
-    usage: Mapping[str, Any] | None = None,
-    tool: Mapping[str, Any] | None = None,
-    id: str = "msg_01Fake",
-) -> list[bytes]:
+def message_events(text_pieces=("o", "k"), model="claude-x", usage=None, tool=None, id="msg_01Fake"):
     """The events of one Message: message_start, ping, a text block, for `tool` a tool_use block, the end."""
     message = _message("".join(text_pieces), model, usage, tool, id)
     begun = {**message, "content": [], "stop_reason": None, "usage": {**message["usage"], "output_tokens": 1}}
@@ -498,7 +471,7 @@ def message_events(
     return out
 
 
-def _block(index: int, start: Mapping[str, Any], deltas: Iterable[Mapping[str, Any]]) -> list[bytes]:
+def _block(index, start, deltas):
     kind = {"type": "content_block_start", "index": index, "content_block": start}
     out = [event("content_block_start", kind)]
     for delta in deltas:
@@ -517,35 +490,29 @@ SPOKEN = message_events(["one ", "two ", "three"])
 # ---------------------------------------------------------------------------------- ready-made replies
 
 
-def _override(defaults: Headers, headers: Headers) -> list[tuple[str, str]]:
+def _override(defaults, headers):
     given = list(headers)
     names = {name.lower() for name, _ in given}
     pairs = [*((name, value) for name, value in defaults if name.lower() not in names), *given]
     return [(name, value) for name, value in pairs if value is not None]
 
 
-def _new_request_id() -> str:
+def _new_request_id():
     return f"req_fake{next(_request_ids):06d}"
 
 
-def _asks_for_stream(seen: Seen) -> bool:
+def _asks_for_stream(seen):
     try:
         return bool(seen.json()["stream"])
     except (ValueError, KeyError, TypeError):
         return False
 
 
-def answer(
-    text: str = "ok",
-    model: str | None = "claude-x",
-    usage: Mapping[str, Any] | None = None,
-    tool: Mapping[str, Any] | None = None,
-    headers: Headers = (),
-) -> Reply:
+def answer(text="ok", model="claude-x", usage=None, tool=None, headers=()):
     """A Message, or its event stream if the request asks for one; `model=None` echoes the request's model."""
     pieces = [text[at : at + 5] for at in range(0, len(text), 5)]
 
-    def reply(wire: Wire, seen: Seen) -> None:
+    def reply(wire, seen):
         name = seen.json()["model"] if model is None else model
         named = _override([("request-id", _new_request_id())], headers)
         if _asks_for_stream(seen):
@@ -556,30 +523,17 @@ def answer(
     return reply
 
 
-def whole(
-    status: int = 200,
-    body: bytes = b"",
-    headers: Headers = (),
-    content_type: str = "application/json",
-    framing: Framing = "length",
-    **options: Any,
-) -> Reply:
+def whole(status=200, body=b"", headers=(), content_type="application/json", framing="length", **options):
     """One body in one piece; `options` are further ones of `events`."""
     return events([body], framing, status=status, headers=headers, content_type=content_type, **options)
 
 
-def error(
-    status: int,
-    type: str | None = None,
-    message: str = "the fake upstream refuses",
-    headers: Headers = (),
-    details: Mapping[str, Any] | None = None,
-) -> Reply:
+def error(status, type=None, message="the fake upstream refuses", headers=(), details=None):
     """An error in the API's shape; its `request_id` is that of the `request-id` header."""
     given = list(headers)
     fault = {"type": type or ERROR_TYPES.get(status, "api_error"), "message": message}
 
-    def reply(wire: Wire, seen: Seen) -> None:
+    def reply(wire, seen):
         pairs = _override([("request-id", _new_request_id())], given)
         shown = {**fault, "details": details} if details else fault
         body = {"type": "error", "error": shown, "request_id": _first(pairs, "request-id")}
@@ -589,17 +543,17 @@ def error(
 
 
 def events(
-    items: Sequence[Item],
-    framing: Framing = "chunked",
-    gap: float = 0.0,
-    then: Ending = "end",
-    cut_at: int | None = None,
+    items,
+    framing="chunked",
+    gap=0.0,
+    then="end",
+    cut_at=None,
     *,
-    torn: bool = False,
-    status: int = 200,
-    headers: Headers = (),
-    content_type: str = EVENT_STREAM,
-) -> Reply:
+    torn=False,
+    status=200,
+    headers=(),
+    content_type=EVENT_STREAM,
+):
     """A stream, each event sent by itself; `gap` seconds between them.
 
     An item that is a number is a pause in seconds, one that is a `threading.Event` a gate to wait for. `then`
@@ -609,7 +563,7 @@ def events(
     """
     sent = list(items)
     if cut_at is not None:
-        sent[-1] = sent[-1][:cut_at]  # type: ignore[index]
+        sent[-1] = sent[-1][:cut_at]
     length = sum(len(item) for item in (sent if then == "end" else items) if isinstance(item, bytes))
     if then != "end" and cut_at is None:
         length += 64  # else a body of known length would be complete before the break
@@ -620,7 +574,7 @@ def events(
     }[framing]
     pairs = _override([("content-type", content_type), framed], headers)
 
-    def reply(wire: Wire, seen: Seen) -> None:
+    def reply(wire, seen):
         wire.head(status, pairs)
         if seen.method == "HEAD":
             return
@@ -632,7 +586,7 @@ def events(
             elif framing != "chunked":
                 wire.send(item)
             elif torn and n == len(sent) - 1:
-                wire.send(b"%x\r\n%b" % (len(items[n]), item))  # type: ignore[arg-type]
+                wire.send(b"%x\r\n%b" % (len(items[n]), item))
             else:
                 wire.chunk(item)
         if then != "end":
@@ -643,7 +597,7 @@ def events(
     return reply
 
 
-_END: dict[str, Callable[[Wire], object]] = {
+_END = {
     "cut": Wire.close,
     "close": Wire.close,
     "reset": Wire.reset,
@@ -652,37 +606,37 @@ _END: dict[str, Callable[[Wire], object]] = {
 }
 
 
-def raw(data: bytes, then: Literal["close", "keep", "hang", "reset"] = "close") -> Reply:
+def raw(data, then="close"):
     """Literal bytes, head and all."""
 
-    def reply(wire: Wire, seen: Seen) -> None:
+    def reply(wire, seen):
         wire.send(data)
         _END[then](wire)
 
     return reply
 
 
-def close_now() -> Reply:
+def close_now():
     """Read the request, then close without a byte."""
     return raw(b"", "close")
 
 
-def reset_now() -> Reply:
+def reset_now():
     """Read the request, then break the connection without a byte."""
     return raw(b"", "reset")
 
 
-def hang() -> Reply:
+def hang():
     """Never answer; ends when the peer leaves."""
     return raw(b"", "hang")
 
 
-def refuse_after_head() -> Reply:
+def refuse_after_head():
     """Close without a byte as soon as the request's head was read, its body unread."""
     return BeforeBody(close_now())
 
 
-def stalled_upload() -> Reply:
+def stalled_upload():
     """Read the request's head and then nothing more, not even its body; ends when the peer leaves.
 
     A FIN waits behind whatever the full receive buffer has no room for, so only a RST is noticed then.
@@ -690,14 +644,14 @@ def stalled_upload() -> Reply:
     return BeforeBody(hang())
 
 
-def early_refusal(status: int, drain: bool = False, headers: Headers = ()) -> Reply:
+def early_refusal(status, drain=False, headers=()):
     """An error before the request's body is read, then a close; `drain` reads the body away first.
 
     Without `drain` the unread body makes the close a RST; nginx drains.
     """
     refusal = error(status, headers=[*headers, ("connection", "close")])
 
-    def reply(wire: Wire, seen: Seen) -> None:
+    def reply(wire, seen):
         refusal(wire, seen)
         if drain:
             wire.drain()
@@ -705,9 +659,7 @@ def early_refusal(status: int, drain: bool = False, headers: Headers = ()) -> Re
     return BeforeBody(reply)
 
 
-def head_only(
-    status: int = 200, then: Ending = "cut", content_type: str = EVENT_STREAM, headers: Headers = ()
-) -> Reply:
+def head_only(status=200, then="cut", content_type=EVENT_STREAM, headers=()):
     """The head of an answer, and no byte of its body."""
     return events([], then=then, status=status, headers=headers, content_type=content_type)
 
@@ -718,13 +670,13 @@ class close_if_reused:
     Use one object as `default`, so that it meets every request; `closed` counts.
     """
 
-    def __init__(self, reply: Reply | None = None) -> None:
+    def __init__(self, reply=None):
         self.closed = 0
         self._reply = reply or answer()
-        self._met: set[int] = set()
+        self._met = set()
         self._lock = threading.Lock()
 
-    def __call__(self, wire: Wire, seen: Seen) -> None:
+    def __call__(self, wire, seen):
         with self._lock:
             again = seen.connection in self._met
             self._met.add(seen.connection)
@@ -735,26 +687,24 @@ class close_if_reused:
             self._reply(wire, seen)
 
 
-def later(item: float | threading.Event, reply: Reply) -> Reply:
+def later(item, reply):
     """Give that reply after so many seconds, or when the gate opens."""
 
-    def delayed(wire: Wire, seen: Seen) -> None:
+    def delayed(wire, seen):
         wire.pause(item)
         reply(wire, seen)
 
     return delayed
 
 
-def trickle(
-    data: bytes, every: float, size: int = 1, content_type: str | None = EVENT_STREAM, status: int = 200
-) -> Reply:
+def trickle(data, every, size=1, content_type=EVENT_STREAM, status=200):
     """Send `size` bytes of a body every so many seconds, chunked; without a content type as literal bytes."""
     pieces = [data[at : at + size] for at in range(0, len(data), size)]
     if content_type is not None:
-        paced: list[Item] = [item for piece in pieces for item in (piece, every)]
+        paced = [item for piece in pieces for item in (piece, every)]
         return events(paced, status=status, content_type=content_type)
 
-    def reply(wire: Wire, seen: Seen) -> None:
+    def reply(wire, seen):
         for piece in pieces:
             wire.send(piece)
             wire.pause(every)
@@ -762,12 +712,7 @@ def trickle(
     return reply
 
 
-def gzipped(
-    data: bytes | Sequence[bytes],
-    content_type: str = "application/json",
-    headers: Headers = (),
-    **options: Any,
-) -> Reply:
+def gzipped(data, content_type="application/json", headers=(), **options):
     """A body compressed though nobody asked; a list is sent chunked, each piece readable when it arrives."""
     pieces = [data] if isinstance(data, bytes) else data
     packer = zlib.compressobj(wbits=31)
@@ -783,10 +728,10 @@ def gzipped(
 
 # Below the range from which the kernel takes ports for outgoing connections and for bind(0).
 _begin = random.SystemRandom().randrange(10240, 32000)
-_ports: Iterator[int] = iter([*range(_begin, 32000), *range(10240, _begin)])
+_ports = iter([*range(_begin, 32000), *range(10240, _begin)])
 
 
-def free_port() -> int:
+def free_port():
     """A port of 127.0.0.1 that refuses connections until a server of this run listens there.
 
     It stays bound until the run ends. Servers set SO_REUSEADDR and may listen on it all the same; other test
@@ -805,7 +750,7 @@ dead_port = free_port
 
 
 @contextlib.contextmanager
-def blackhole() -> Iterator[int]:
+def blackhole():
     """A port of 127.0.0.1 where connect() hangs: its listener's queue is full and nobody accepts."""
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(socket.socket())
@@ -819,7 +764,7 @@ def blackhole() -> Iterator[int]:
                 break
         else:
             raise AssertionError("the listener's queue does not fill")
-        port: int = listener.getsockname()[1]
+        port = listener.getsockname()[1]
         yield port
 
 
@@ -828,7 +773,7 @@ _AUTHORITY = trustme.CA()
 LOOPBACK_CERT = _AUTHORITY.cert_pem.bytes().decode()
 
 
-def loopback_tls() -> ssl.SSLContext:
+def loopback_tls():
     """A server context for `FakeUpstream(tls=...)`; clients trust it by `LOOPBACK_CERT` (PEM text)."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     _AUTHORITY.issue_cert(HOST, "localhost").configure_cert(context)
@@ -852,46 +797,46 @@ class Answer:
     before that, "close" by a FIN where the head promised no other end. `body` keeps what came before a cut.
     """
 
-    def __init__(self, client: RawClient) -> None:
+    def __init__(self, client):
         self._client = client
         self._parser = _parser(h11.CLIENT, bytes(client.raw[client.taken :]))
         self._parser.send(h11.Request(method=client.method, target="/", headers=[("host", HOST)]))
         self._parser.send(h11.EndOfMessage())
-        self.interim: list[int] = []
+        self.interim = []
         while isinstance(head := _next_event(self._parser, client.recv), h11.InformationalResponse):
             self.interim.append(head.status_code)
-        self.status: int = head.status_code
+        self.status = head.status_code
         self.reason = head.reason.decode("latin-1")
         self.headers = _pairs(head)
-        self.got: list[Piece] = []
-        self.ending: Literal["end", "cut", "reset", "close"] | None = None
+        self.got = []
+        self.ending = None
 
-    def header(self, name: str) -> str | None:
+    def header(self, name):
         """The first header of that name, in any case."""
         return _first(self.headers, name)
 
     @property
-    def body(self) -> bytes:
+    def body(self):
         """What was read of the body so far, without its framing."""
         return b"".join(piece.data for piece in self.got)
 
-    def json(self) -> Any:
+    def json(self):
         """The body, parsed."""
         return json.loads(self.body)
 
-    def read(self) -> Self:
+    def read(self):
         """Read the body to its end, whatever that is."""
         for _ in self.pieces():
             pass
         return self
 
-    def pieces(self) -> Iterator[Piece]:
+    def pieces(self):
         """The rest of the body, piece by piece, each as soon as it is there."""
         for data in self._data():
             self.got.append(Piece(self._client.at, data))
             yield self.got[-1]
 
-    def _data(self) -> Iterator[bytes]:
+    def _data(self):
         is_chunked = self.header("transfer-encoding") is not None
         data = bytearray()
         try:
@@ -916,12 +861,12 @@ class RawClient:
     when the latest came. Each read waits at most `timeout` seconds and then raises `TimeoutError`.
     """
 
-    def __init__(self, host: str, port: int, timeout: float = 10.0) -> None:
+    def __init__(self, host, port, timeout=10.0):
         sock = socket.create_connection((host, port), timeout)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._adopt(sock)
 
-    def _adopt(self, sock: socket.socket) -> None:
+    def _adopt(self, sock):
         self.sock = sock
         self.raw = bytearray()
         self.taken = 0
@@ -930,41 +875,34 @@ class RawClient:
         self.method = "POST"
 
     @classmethod
-    def to(cls, url: str, timeout: float = 10.0) -> Self:
+    def to(cls, url, timeout=10.0):
         """Connect to where that URL points."""
         parts = urlsplit(url)
         return cls(parts.hostname or HOST, parts.port or 80, timeout)
 
     @classmethod
-    def on(cls, sock: socket.socket) -> Self:
+    def on(cls, sock):
         """Use a socket that is connected already, for instance one under TLS."""
         client = cls.__new__(cls)
         client._adopt(sock)
         return client
 
-    def __enter__(self) -> Self:
+    def __enter__(self):
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *_):
         self.close()
 
-    def send(self, data: bytes) -> None:
+    def send(self, data):
         """Send literal bytes."""
         self.sock.sendall(data)
 
-    def begin_upload(self, head: str, length: int) -> None:
+    def begin_upload(self, head, length):
         """Send a head (without the last blank line), and wait until the server asks for the body."""
         self.send(f"{head}expect: 100-continue\r\ncontent-length: {length}\r\n\r\n".encode())
         assert select.select([self.sock], [], [], self.sock.gettimeout())[0], "the server asks for no body"
 
-    def request(
-        self,
-        method: str,
-        target: str,
-        body: bytes | Mapping[str, Any] = b"",
-        headers: Iterable[tuple[str, str]] = (),
-        chunked: bool = False,
-    ) -> None:
+    def request(self, method, target, body=b"", headers=(), chunked=False):
         """Send a request with `host`, the framing, and exactly the headers given; a mapping goes as JSON."""
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         pairs = [("host", HOST), *headers]
@@ -977,40 +915,38 @@ class RawClient:
         self.method = method
         self.send(_head(f"{method} {target} HTTP/1.1", pairs) + data)
 
-    def post(
-        self, body: bytes | Mapping[str, Any], target: str = "/v1/messages", headers: Headers = ()
-    ) -> None:
+    def post(self, body, target="/v1/messages", headers=()):
         """Send a JSON request to the Messages API."""
         self.request("POST", target, body, _override([("content-type", "application/json")], headers))
 
-    def answer(self) -> Answer:
+    def answer(self):
         """Read the next answer's head; raises `Ended` when the server closes without one."""
         return Answer(self)
 
-    def read(self) -> Answer:
+    def read(self):
         """Read the next answer, head and body."""
         return self.answer().read()
 
-    def wait_closed(self) -> float:
+    def wait_closed(self):
         """Wait until the server closed, throwing away what comes before; the `time.monotonic()` of it."""
         while self.recv():
             pass
         return time.monotonic()
 
-    def close(self) -> None:
+    def close(self):
         """Leave (FIN)."""
         self.sock.close()
 
-    def half_close(self) -> None:
+    def half_close(self):
         """Say that nothing more will be sent, and go on listening."""
         self.sock.shutdown(socket.SHUT_WR)
 
-    def reset(self) -> None:
+    def reset(self):
         """Leave by breaking the connection (RST)."""
         _break_at_close(self.sock)
         self.sock.close()
 
-    def recv(self) -> bytes:
+    def recv(self):
         """What comes next; none when the server closed."""
         try:
             data = self.sock.recv(PIECE)

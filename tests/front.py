@@ -12,8 +12,6 @@ import shlex
 import socket
 import ssl
 import subprocess
-from pathlib import Path
-from typing import Self
 
 import trustme
 from conftest import ROOT
@@ -43,9 +41,7 @@ http {{
 class Front:
     """A running nginx: its ports, its access log. `instances` are the two ports it passes requests to."""
 
-    def __init__(
-        self, folder: Path, instances: tuple[int, int], scale: int = 1, several_machines: bool = False
-    ) -> None:
+    def __init__(self, folder, instances, scale=1, several_machines=False):
         """`scale`: every time in the file is divided by that; `several_machines`: as README.md makes it."""
         folder.mkdir(exist_ok=True)
         self.folder = folder
@@ -63,7 +59,7 @@ class Front:
         )
         (folder / "nginx.conf").write_text(main)
 
-    def _put_in_place(self, text: str, instances: tuple[int, int]) -> str:
+    def _put_in_place(self, text, instances):
         """The text with this machine's addresses and paths; IPv6 is not everywhere."""
         places = {
             r"listen \[::\]:.*;": "",
@@ -81,21 +77,21 @@ class Front:
         return text
 
     @property
-    def url(self) -> str:
+    def url(self):
         """Where it serves."""
         return f"https://{NAME}:{self.port}"
 
-    def log(self, count: int) -> list[str]:
+    def log(self, count):
         """The access log, of so many lines: nginx writes one after the client has its answer."""
         path = self.folder / "aiproxy.access.log"
         await_that(lambda: len(path.read_text().splitlines()) >= count)
         return path.read_text().splitlines()
 
-    def __enter__(self) -> Self:
+    def __enter__(self):
         errors = self.folder / "error.log"
         self._process = subprocess.Popen(["nginx", "-c", str(self.folder / "nginx.conf"), "-e", str(errors)])
 
-        def accepts() -> bool:
+        def accepts():
             assert self._process.poll() is None, errors.read_text()
             with socket.socket() as sock:
                 return sock.connect_ex((HOST, self.plain_port)) == 0
@@ -103,24 +99,24 @@ class Front:
         await_that(accepts)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *_):
         self._process.terminate()
         self._process.wait(10)
 
-    def client(self, timeout: float = 10.0) -> RawClient:
+    def client(self, timeout=10.0):
         """A client of HTTP/1.1 under TLS that checks the certificate."""
         context = ssl.create_default_context(cafile=str(self.authority))
         sock = socket.create_connection((HOST, self.port), timeout)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return RawClient.on(context.wrap_socket(sock, server_hostname=NAME))
 
-    def curl(self, *arguments: str) -> list[str]:
+    def curl(self, *arguments):
         """A curl command that speaks HTTP/2 to it."""
         resolve = ["--resolve", f"{NAME}:{self.port}:{HOST}", "--cacert", str(self.authority)]
         return ["curl", "--silent", "--show-error", "--http2", "--max-time", "10", *resolve, *arguments]
 
 
-def for_several_machines() -> str:
+def for_several_machines():
     """nginx.conf after the `sed` of deploy/README.md, and several-machines.conf beside it."""
     readme = (ROOT / "deploy" / "README.md").read_text()
     found = re.search(r"^(sed -e .*) /opt/aiproxy/deploy/nginx.conf >", readme, re.MULTILINE)
@@ -132,6 +128,6 @@ def for_several_machines() -> str:
     return SEVERAL + edited
 
 
-def _scaled(text: str, scale: int) -> str:
+def _scaled(text, scale):
     """Each time in seconds divided; the lifetime of TLS sessions does not matter."""
     return re.sub(r"(?<!=)\b(\d+)s;", lambda found: f"{int(found[1]) * 1000 // scale}ms;", text)

@@ -3,8 +3,6 @@
 import contextlib
 import signal
 import subprocess
-from pathlib import Path
-from typing import Any, Self
 
 import redis
 from fakes import HOST, await_that, free_port
@@ -13,27 +11,27 @@ from fakes import HOST, await_that, free_port
 class RedisServer:
     """Listens on a port of its own; `options` are further ones of redis-server's command line."""
 
-    def __init__(self, folder: Path, *options: str) -> None:
+    def __init__(self, folder, *options):
         self.port = free_port()
         self.url = f"redis://{HOST}:{self.port}/0"
         self._command = ["redis-server", "--bind", HOST, "--port", str(self.port), "--save", ""]
         self._command += ["--dir", str(folder), *options]
         self._client = redis.Redis(HOST, self.port, decode_responses=True, protocol=2)
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self):
         self.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *_):
         self.kill()
         self._client.close()
 
-    def start(self) -> None:
+    def start(self):
         """Empty, and waited for."""
         self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
 
-        def answers() -> bool:
+        def answers():
             assert self._process is not None
             assert self._process.poll() is None, "the server ended"
             with contextlib.suppress(redis.ConnectionError):
@@ -42,23 +40,23 @@ class RedisServer:
 
         await_that(answers)
 
-    def kill(self) -> None:
+    def kill(self):
         """At once; a paused one too."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
             self._process = None
 
-    def pause(self) -> None:
+    def pause(self):
         """From now on it answers nobody, and its connections stay."""
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)
 
-    def resume(self) -> None:
+    def resume(self):
         """It answers again."""
         assert self._process is not None
         self._process.send_signal(signal.SIGCONT)
 
-    def do(self, *command: Any) -> Any:
+    def do(self, *command):
         """What the server replies."""
         return self._client.execute_command(*command)

@@ -1,6 +1,5 @@
 """The log as a file: whole lines, none lost, whatever rotates it, with several processes and a full disk."""
 
-import errno
 import itertools
 import json
 import logging
@@ -115,37 +114,6 @@ def test_a_file_that_is_copied_and_emptied_goes_on_at_its_beginning(log_to):
     assert numbers(file) == [2]
 
 
-def test_a_character_that_is_none_costs_no_line(log_to):
-    file = log_to()
-    logs.line(logging.INFO, "said", text="\ud800")
-    assert file.read_bytes().endswith(b'said text="\\ud800"\n')
-
-
-def test_each_descriptor_is_given_back(log_to, tmp_path):
-    before = os.listdir("/proc/self/fd")
-    for number in range(5):
-        file = log_to()
-        say(number)
-        rename(file)
-        say(number)
-    logs.configure(LoggingSettings())
-    assert os.listdir("/proc/self/fd") == before
-
-
-def test_a_renamed_file_has_the_lines_for_which_there_can_be_no_new_one(log_to, tmp_path, capsys):
-    file, old = log_to(), tmp_path / "old"
-    say(1)
-    file.rename(old)
-    file.mkdir()
-    say(2)
-    say(3)
-    assert numbers(old) == [1, 2, 3]
-    assert capsys.readouterr().err == f"{COMPLAINT}Is a directory\n"
-    file.rmdir()
-    say(4)
-    assert numbers(old, file) == [1, 2, 3, 4]
-
-
 # --------------------------------------------------------------------------------------- trouble
 
 
@@ -177,24 +145,6 @@ def test_a_full_disk_fails_no_request(capsys):
     for _ in range(3):
         assert client.post("/v1/messages", json=ASK).status_code == 200
     assert capsys.readouterr().err == f"{COMPLAINT}No space left on device\n"
-
-
-def test_a_full_disk_that_nobody_can_be_told_of_fails_nothing_either(log_to, monkeypatch):
-    log_to("/dev/full")
-
-    class Full:
-        def write(self, text):
-            raise OSError(errno.ENOSPC, "full too")
-
-    monkeypatch.setattr(sys, "stderr", Full())
-    say(1)
-
-
-def test_a_pipe_that_nobody_reads_holds_up_nothing(log_to, tmp_path, capsys):
-    os.mkfifo(tmp_path / "pipe")
-    log_to("pipe")
-    say(1)
-    assert capsys.readouterr().err.startswith(COMPLAINT)
 
 
 @pytest.mark.parametrize("emptied", [False, True])
@@ -298,24 +248,6 @@ def test_long_lines_of_several_processes_stay_whole_while_the_file_is_renamed(tm
 
 
 # ------------------------------------------------------------------------------------ a server's own log
-
-
-@pytest.mark.parametrize("settings", [{"format": "json"}, {"file": "/dev/null"}], ids=["json", "file"])
-def test_a_server_s_lines_leave_standard_error_for_a_file_or_json_alone_and_may_come_back(settings):
-    server = logging.Logger("gunicorn.error")
-    theirs, elsewhere = logging.StreamHandler(), logging.NullHandler()
-    server.handlers[:] = [theirs, elsewhere]
-    logs.configure(LoggingSettings())
-    logs.adopt(server)
-    assert server.handlers == [theirs, elsewhere]
-    logs.configure(LoggingSettings(**settings))
-    for _ in range(2):
-        logs.adopt(server)
-        assert server.handlers == [elsewhere, *logging.getLogger("aiproxy").handlers]
-    server.addHandler(theirs)  # as gunicorn does at a reload
-    logs.configure(LoggingSettings())
-    logs.adopt(server)
-    assert server.handlers == [elsewhere, theirs]
 
 
 # ------------------------------------------------------------------------------------- a real gunicorn

@@ -144,16 +144,6 @@ def test_the_exposition_is_prometheus_text_about_nothing_else():
     assert b"_created" not in body
 
 
-def test_tokens_are_also_counted_by_client_and_model():
-    metrics = Metrics()
-    metrics.know_models(["claude-x"])
-    for client in ("alice", "alice", None):
-        metrics.client_tokens(client, "claude-x", "complete", USED)
-    labels = {"model": "claude-x", "kind": "output"}
-    assert figure(metrics, "client_tokens_total", client="alice", **labels) == 14
-    assert figure(metrics, "client_tokens_total", client="anonymous", **labels) == 7
-
-
 def test_a_configured_model_has_its_name_and_another_once_it_was_answered():
     metrics = Metrics()
     metrics.know_models(["claude-x", "m" * 200])
@@ -250,16 +240,6 @@ def test_figures_of_workers_are_added_up_and_an_ended_one_s_counters_stay():
     assert circuits(one, "one") == {"closed": 1}
     once = exposition_of([Figures(None, [], [merged([], [first.families(), second.families()])])])
     assert parsed(once[0]) == parsed(Together([], [first, second]).exposition()[0])
-
-
-def test_several_machines_each_have_their_version_and_their_clients_tokens():
-    body, _ = exposition_of([Figures(each, [busy(Metrics()).families()]) for each in ("m1", "m2")])
-    samples = parsed(body)
-    for machine in ("m1", "m2"):
-        version = frozenset({"version": __version__, "machine": machine}.items())
-        assert samples["aiproxy_build_info", version] == 1
-        tokens = {"client": "me", "model": "claude-x", "kind": "output", "machine": machine}
-        assert samples["aiproxy_client_tokens_total", frozenset(tokens.items())] == 7
 
 
 def test_a_worker_that_starts_later_goes_on_where_the_others_are():

@@ -7,6 +7,7 @@ Its `aiproxy.server.request_body` waits for tenths of seconds where the real one
 import itertools
 import json
 import re
+import select
 import socket
 import threading
 import time
@@ -245,6 +246,7 @@ ANSWERED = {
     "no model": ({"messages": []}, None, 400),
     "an unknown model": ({**ASK, "model": "claude-unknown"}, None, 404),
     "a large body": (LARGE, None, 413),
+    "an empty body": (b"", None, 400),
     "a bug": ({**ASK, "model": "claude-bug"}, None, 500),
 }
 
@@ -261,13 +263,6 @@ def test_a_place_is_given_back_after(proxy, a, body, reply, status, chunked):
         assert_a_place_is_free(proxy.url, client)  # the connection was kept
 
 
-def test_a_place_is_given_back_after_a_wrong_key(proxy, a):
-    with RawClient.to(proxy.url) as client:
-        client.post(LARGE, headers=[("x-api-key", "wrong")])
-        assert client.read().status == 401
-    assert_a_place_is_free(proxy.url)
-
-
 @pytest.mark.parametrize(
     "reply",
     [
@@ -282,29 +277,12 @@ def test_a_place_is_given_back_after_a_broken_stream(proxy, a, reply):
     assert_a_place_is_free(proxy.url)
 
 
-def test_a_place_is_given_back_after_a_wrong_method_and_a_request_without_a_body(proxy, a):
-    for method, status in (("HEAD", 405), ("OPTIONS", 405), ("POST", 400)):
-        with RawClient.to(proxy.url) as client:
-            client.request(method, "/v1/messages", headers=[KEY])
-            assert client.read().status == status
-        assert_a_place_is_free(proxy.url)
-
-
 @pytest.mark.parametrize("body", [ASK, STREAM])
 def test_a_place_is_given_back_when_the_client_leaves(proxy, a, body):
     a.script(events(SPOKEN[:4], then="hang") if body is STREAM else hang())
     with asking(proxy.url, body):
         a.wait_for(1)
     assert_a_place_is_free(proxy.url)
-
-
-def test_a_passed_on_model_list_s_place_is_given_back(upstream, serve, config_of):
-    served = serve(config_of([upstream()], max_in_flight=1))  # it lists no models
-    for method, target in (("GET", "/v1/models"), ("HEAD", "/v1/models/claude-x"), ("GET", "/v1/models")):
-        with RawClient.to(served.url) as client:
-            client.request(method, target)
-            assert client.read().status in (200, 405)
-        assert_a_place_is_free(served.url)
 
 
 # -------------------------------------------------------------------------------------------- uploads
@@ -321,53 +299,16 @@ def test_an_upload_is_in_flight_from_its_head_on(proxy, a):
     assert_a_place_is_free(proxy.url)
 
 
-@pytest.mark.parametrize("body", [b"content-length: 100\r\n\r\n{", b"transfer-encoding: chunked\r\n\r\n"])
-def test_an_upload_that_falls_silent_is_a_408_and_its_place_is_free(proxy, a, body):
-    with RawClient.to(proxy.url) as client:
-        began = time.monotonic()
-        client.send(HEAD.encode() + body)
-        reply = client.read()
-        assert SILENCE <= time.monotonic() - began < SILENCE + 2
-        assert (reply.status, reply.json()["error"]["type"]) == (408, "timeout_error")
-        assert_a_place_is_free(proxy.url)
-        # Where the next request would begin is unknown: the thread and the connection are given up too.
-        assert client.wait_closed() - began < SILENCE + 3
-    assert not any(seen.body == b"{" for seen in a.seen)
-
-
-def trickled(client):
-    """The answer that comes while a byte goes out every 20 ms."""
-    while client.sock.fileno() >= 0:
-        client.send(b"x")
-        client.sock.settimeout(0.02)
-        with suppress(TimeoutError):
-            return client.read()
-        client.sock.settimeout(10)
-    return None
-
-
-@pytest.mark.parametrize("why", [401, 404, 529])
-def test_a_refused_upload_that_trickles_is_given_up(proxy, a, why):
-    head = HEAD if why != 401 else HEAD.replace(KEY[1], "wrong")
-    head = head if why != 404 else head.replace("/v1/messages", "/v1/files")
-    with ExitStack() as stack:
-        if why == 529:
-            stack.enter_context(place_taken(proxy, a))
-        client = stack.enter_context(RawClient.to(proxy.url))
-        client.send(f"{head}content-length: {20 * MB}\r\n\r\n".encode())
-        began = time.monotonic()
-        assert trickled(client).status == why
-        assert DISCARD_SECONDS <= time.monotonic() - began < DISCARD_SECONDS + 2
-    assert_a_place_is_free(proxy.url)
-
-
-def test_what_follows_an_upload_that_was_given_up_is_no_request(proxy, a):
+def test_a_refused_upload_that_trickles_is_given_up_and_what_follows_it_is_no_request(proxy, a):
     # It may be the rest of the body, whoever wrote that.
     since = len(proxy.stdout_lines())
     with RawClient.to(proxy.url) as client:
         client.send(f"{HEAD}content-length: {20 * MB}\r\n\r\n".encode())
-        assert trickled(client).status == 413
-        client.sock.settimeout(10)
+        began = time.monotonic()
+        while not select.select([client.sock], [], [], 0.02)[0]:
+            client.send(b"x")
+        assert client.read().status == 413
+        assert DISCARD_SECONDS <= time.monotonic() - began < DISCARD_SECONDS + 2
         with suppress(OSError):
             client.send(f"{HEAD}content-length: 2\r\n\r\n{{}}".encode())
             client.wait_closed()

@@ -141,23 +141,6 @@ def test_events_arrive_while_the_upstream_is_still_speaking(client, a):
         assert list(text) == ["three"]
 
 
-def test_comments_and_events_of_the_future_pass_and_the_sdk_bears_with_them(client, a):
-    spoken = [
-        *SPOKEN[:3],
-        b": a comment\n\n",
-        b'event: from_the_future\r\ndata: {"type":"from_the_future"}\r\n\r\n',
-        *SPOKEN[3:],
-    ]
-    a.script(events(spoken), events(spoken))
-    with client.messages.with_streaming_response.create(**ASK, stream=True) as raw:
-        assert b"".join(raw.iter_bytes()) == b"".join(spoken)
-        assert raw.headers["content-type"] == "text/event-stream; charset=utf-8"
-    with client.messages.create(**ASK, stream=True) as stream:
-        names = [one.type for one in stream]
-    assert names[1:4] == ["content_block_start", "from_the_future", "content_block_delta"]
-    assert names[-1] == "message_stop"
-
-
 @pytest.mark.parametrize(
     "first",
     [error(529), events(SPOKEN[:2], then="cut"), events([*SPOKEN[:2], error_event()]), events(SPOKEN[:2])],
@@ -210,13 +193,6 @@ def test_a_stream_that_begins_with_an_error_event_everywhere_is_raised_as_its_st
         pass
     assert caught.value.body["error"] == {"type": "rate_limit_error", "message": "slow down"}
     assert caught.value.request_id
-
-
-def test_a_client_may_leave_a_stream_and_use_its_connection_pool_again(client, a):
-    a.script(events(SPOKEN[:4], then="hang"), answer("again"))
-    with client.messages.stream(**ASK) as stream:
-        assert next(stream.text_stream) == "one "
-    assert client.messages.create(**ASK).content[0].text == "again"
 
 
 # ----------------------------------------------------------------------------------------- tool use

@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 import types
-from pathlib import Path
 
 import pytest
 import yaml
@@ -158,18 +157,6 @@ def test_all_faults_are_told_in_a_line_each_before_any_port_is_opened(tmp_path, 
     assert all("expected" in line for line in (first, second))
 
 
-def test_a_fault_that_only_the_worker_meets_ends_the_start_too(tmp_path):
-    path, other = tmp_path / "faulty.yaml", tmp_path / "other.py"
-    port = free_port()
-    path.write_text(TWO_FAULTS.format(port=port))
-    other.write_text(f"bind = '127.0.0.1:{port}'\ncontrol_socket_disable = True\n")
-    ended = gunicorn("-c", str(other), AIPROXY_CONFIG=str(path))
-    assert ended.returncode not in (0, 1)
-    assert ended.stderr.count("Booting worker") == 1  # it is not tried again for ever
-    assert ended.stderr.count("colour: ") == ended.stderr.count("upstreams[0].weight (one): ") == 1
-    assert "Traceback" not in ended.stderr + ended.stdout
-
-
 # ------------------------------------------------------------------------------------------- settings
 
 
@@ -181,6 +168,7 @@ def test_gunicorn_s_settings_are_those_of_its_file_and_the_command_line_wins(tmp
         told = gunicorn("--print-config", *args, AIPROXY_CONFIG=str(path), **env).stdout
         found = dict(re.split(r"\s+= ", line, maxsplit=1) for line in told.splitlines() if " = " in line)
         assert found["worker_class"] == "aiproxy.server.worker.Worker"
+        assert found["control_socket_disable"] == "True"
         return [found[name] for name in ("bind", "workers", "threads", "graceful_timeout")]
 
     assert settings() == [f"['127.0.0.1:{port}']", "1", "256", "600"]
@@ -210,7 +198,6 @@ def demo(tmp_path_factory):
     text = (ROOT / "config.example.yaml").read_text(encoding="utf-8")
     text = re.sub(r'(?m)^listen: ":8080"', f"listen: {free_port()}", text)
     with serving(home, text, env={"HOME": str(home)}) as served:
-        served.home = home
         yield served
 
 
@@ -223,17 +210,6 @@ def test_the_demo_says_that_it_is_one_and_its_line_s_command_shows_a_failover(de
     assert_the_line_works(line)
     demo.wait_for_log(r"attempt .* upstream=demo-failing .* status=500")
     demo.wait_for_log(r"done .* upstream=demo-answers")
-
-
-def test_there_is_no_control_socket(demo):
-    demo.wait_for_stderr("Booting worker")
-    pids = [demo.process.pid, *demo.workers()]
-    assert len(pids) == 2
-    rows = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:]]
-    listening = {row[6] for row in rows if row[3] == "00010000"}
-    held = {os.readlink(fd) for pid in pids for fd in Path(f"/proc/{pid}/fd").iterdir()}
-    assert not [inode for inode in listening if f"socket:[{inode}]" in held]
-    assert sorted(path.name for path in demo.home.iterdir()) == ["config.yaml"]
 
 
 @needs("curl")
@@ -251,13 +227,6 @@ def test_a_real_upstream_is_served_without_a_banner_and_the_line_s_request_suits
     # The API refuses a request without the one, and does not take a form for JSON.
     assert re.fullmatch(r"20\d\d-\d\d-\d\d", fake.seen[0].header("anthropic-version") or "none")
     assert fake.seen[0].header("content-type") == "application/json"
-
-
-def test_the_banner_comes_with_any_demo_upstream_that_is_on(said_when_ready):
-    mixed = said_when_ready(real(), {"base_url": "demo://answers"})
-    assert "demo" in mixed[0]
-    assert len(mixed) == 2
-    assert len(said_when_ready(real(), {"base_url": "demo://answers", "enabled": False})) == 1
 
 
 def test_a_warning_of_the_configuration_is_told_at_the_start(said_when_ready):
@@ -280,11 +249,6 @@ def test_the_ready_line_asks_for_a_model_that_is_served(said_when_ready, model):
     assert url == "http://127.0.0.1:8080/v1/messages"
     (body,) = [value for name, value in options if name in ("-d", "--data", "--json")]
     assert json.loads(body)["model"] == model
-
-
-def test_the_ready_line_asks_for_no_model_of_an_upstream_that_is_off(said_when_ready):
-    off = real(name="off", available_models=["claude-off"], enabled=False)
-    assert "claude-off" not in said_when_ready(off, real(available_models=["claude-on"]))[-1]
 
 
 def test_the_ready_line_knows_unix_sockets(said_when_ready):
@@ -448,16 +412,6 @@ def test_make_run_sets_up_first_and_again_when_the_requirements_change(checkout)
     told = make(checkout, "-n", "run").stdout
     assert re.search(r"-m venv .venv\n.*pip install .*-r requirements\.txt\n", told)
     assert "requirements-dev" not in told
-
-
-def test_make_test_checks_everything(checkout):
-    (checkout / ".venv" / "installed-dev").touch()
-    node = checkout / "tests" / "typescript"
-    node.mkdir(parents=True)
-    shutil.copy(ROOT / "tests" / "typescript" / "package-lock.json", node)
-    told = make(checkout, "-n", "test").stdout
-    for tool in ("ruff check .", "ruff format --check .", "mypy", "python -m pytest"):
-        assert f".venv/bin/{tool}\n" in told
 
 
 @pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt"])
