@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import json
 import os
@@ -113,10 +112,6 @@ class Chromium:
             self.call(
                 "Input.dispatchMouseEvent", type=kind, x=place[0], y=place[1], button="left", clickCount=1
             )
-
-    def screenshot(self):
-        """The page as it is seen, as PNG."""
-        return base64.b64decode(self.call("Page.captureScreenshot")["data"])
 
     def _read(self):
         data = os.read(self._in, 1 << 20)

@@ -85,16 +85,6 @@ def test_a_thread_goes_on_where_it_was_made(upstream, must_stream, created_by_st
     assert [each.lost for each in accounts] == [0, 0]
 
 
-def test_continuing_moves_no_turn_of_the_others(upstream):
-    client = client_of(*(upstream(default=Account(name)) for name in "ab"))
-    made = id_of(ask(client, CREATE))
-    turns = []
-    for _ in range(6):
-        turns.append(maker(ask(client)))
-        made = id_of(ask(client, following(made)))
-    assert turns == ["b", "a"] * 3
-
-
 def test_a_thread_goes_on_where_it_was_made_whatever_the_session_s_home(upstream):
     client = client_of(*(upstream(default=Account(name)) for name in "ab"))
     session = {
@@ -158,21 +148,6 @@ def test_an_unknown_thread_goes_anywhere_and_its_404_is_not_counted(upstream, ca
     said = capsys.readouterr().out
     assert "circuit" not in said
     assert said.count("verdict=uncounted") == 12
-
-
-@pytest.mark.parametrize(
-    ("thread", "refusal"),
-    [
-        (None, error(404, details=LOST)),
-        (CREATE, error(404, details=LOST)),
-        (CREATE, error(400)),
-        (following("msg_x"), error(500)),
-        (following("msg_x"), close_now()),
-    ],
-)
-def test_a_request_that_continues_no_thread_or_met_a_failure_is_tried_elsewhere(upstream, thread, refusal):
-    reply = ask(client_of(upstream(refusal), upstream()), thread)
-    assert (reply.status_code, maker(reply), attempts(reply)) == (200, "b", 2)
 
 
 @pytest.mark.parametrize(

@@ -151,20 +151,13 @@ def test_the_sdk_lists_and_retrieves_models(upstream, serve, config_of):
         config_of([{"base_url": fake, **models}, {"base_url": fake, "available_models": MODELS[3:]}])
     )
     with anthropic.Anthropic(base_url=served.url, api_key="any", max_retries=0) as client:
-        for options in ({}, {"limit": 1}, {"limit": 3}, {"limit": 7}, {"limit": 1000}):
+        for options in ({}, {"limit": 1}, {"limit": 3}, {"limit": 7}):
             assert [model.id for model in client.models.list(**options)] == MODELS
         assert [model.id for model in client.models.list(after_id="m2", limit=2)] == MODELS[2:]
         back = [model.id for model in client.models.list(before_id="m7", limit=2)]
         assert back == ["m5", "m6", "m3", "m4", "m1", "m2"]
-        pages = list(client.models.list(limit=3).iter_pages())
-        assert [(page.has_more, page.first_id, page.last_id) for page in pages] == [
-            (True, "m1", "m3"),
-            (True, "m4", "m6"),
-            (False, "m7", "m7"),
-        ]
         one = client.models.retrieve("m7")
         assert (one.id, one.type, one.display_name, one.created_at.year) == ("m7", "model", "m7", 1970)
-        assert [model.id for model in client.beta.models.list(limit=4)] == MODELS
         with pytest.raises(anthropic.NotFoundError) as missing:
             client.models.retrieve("m8")
         assert missing.value.type == "not_found_error"

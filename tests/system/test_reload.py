@@ -245,12 +245,6 @@ def test_what_a_variable_stands_for_is_not_told_whatever_the_setting(path):
     assert changes(old, new) == changes(new, old) == ["upstreams.a.base_url: changed"]
 
 
-def test_models_are_told_in_order(path):
-    text = "upstreams: [{name: a, base_url: 'https://a.test', token: sk-test-a, available_models: %s}]"
-    old, new = (load(path, {}, sources=Sources((text % models).encode())) for models in ("[c, a, b]", "[]"))
-    assert changes(old, new) == ["upstreams.a.available_models: a, b, c -> none"]
-
-
 # ------------------------------------------------------------------------------------------ in service
 
 

@@ -475,17 +475,6 @@ def test_a_store_that_takes_no_changes_is_out_of_reach_until_it_does(request, ca
     assert "bug" not in out
 
 
-@pytest.mark.parametrize("data", [b"\xff\xfe", b'{"view": "none"}', b""])
-def test_any_message_on_the_channel_only_means_to_read(capsys, start, server, data):
-    a, b = (start(RedisStore(StateUrl(server.url))) for _ in "ab")
-    await_that(lambda: server.do("PUBLISH", "aiproxy:0:changes", data) == 2)
-    a.fail(3)
-    await_that(lambda: b.circuit.state == "open", limit=SOON)
-    out = capsys.readouterr().out
-    assert "bug" not in out
-    assert "away" not in out
-
-
 @pytest.mark.parametrize("rights", [["&*", "-subscribe"], ["resetchannels"]])
 def test_who_may_not_listen_says_so_and_reads_once_a_second(capsys, start, server, rights):
     server.do("ACL", "SETUSER", "half", "on", ">sk-test-half", "~aiproxy:*", "+@all", *rights)
@@ -503,53 +492,6 @@ def test_who_may_not_listen_says_so_and_reads_once_a_second(capsys, start, serve
         assert "sk-test-half" not in out
     finally:
         server.do("ACL", "DELUSER", "half")
-
-
-class Cable:
-    """Lies between one worker and the server, and can lose what goes over it."""
-
-    def __init__(self, port):
-        self._server, self._ends, self._frozen = port, [], []
-        self._listener = socket.create_server((HOST, 0))
-        self.port = self._listener.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def close(self):
-        for one in [self._listener, *self._ends]:
-            with contextlib.suppress(OSError):
-                one.shutdown(socket.SHUT_RDWR)
-            one.close()
-
-    def freeze(self):
-        """What goes over the connections that there are is lost without a word."""
-        self._frozen += self._ends
-
-    def _accept(self):
-        with contextlib.suppress(OSError):
-            while True:
-                near, _ = self._listener.accept()
-                far = socket.create_connection((HOST, self._server))
-                self._ends += [near, far]
-                for ends in ((near, far), (far, near)):
-                    threading.Thread(target=self._carry, args=ends, daemon=True).start()
-
-    def _carry(self, source, target):
-        with contextlib.suppress(OSError):
-            while data := source.recv(65536):
-                if target not in self._frozen:
-                    target.sendall(data)
-
-
-def test_who_hears_nothing_because_its_connection_died_in_silence_listens_anew(start, server):
-    cable = Cable(server.port)
-    with contextlib.closing(cable):
-        a = start(RedisStore(StateUrl(f"redis://{HOST}:{cable.port}/0")))
-        b = start(RedisStore(StateUrl(server.url)))
-        cable.freeze()
-        b.fail(3)
-        await_that(lambda: a.circuit.state == "open")
-        await_that(lambda: server.do("PUBSUB", "NUMSUB", "aiproxy:0:changes")[1] >= 2)
-        a.state.stop()
 
 
 def test_a_refused_password_is_logged_without_it(capsys, start, tmp_path):

@@ -127,13 +127,6 @@ def test_an_upstream_under_tls_is_reached_through_a_tunnel_that_shows_no_token(t
     ] * 3
 
 
-def test_calls_through_a_forward_proxy_and_direct_ones_share_no_connection(transport, upstream):
-    a, egress = upstream(), upstream()
-    for proxy in (None, egress.url, None, egress.url):
-        ask(transport, a.url, proxy=proxy)
-    assert [len(a.seen), len(egress.seen), a.connections, egress.connections] == [2, 2, 1, 1]
-
-
 def test_a_kept_connection_or_tunnel_that_is_dead_is_stale_and_a_new_one_is_made(transport, upstream, bundle):
     a = upstream(whole(200, MESSAGE), close_now(), tls=loopback_tls())
     tunnel = upstream(default=tunnel_to(a.port))
