@@ -6,7 +6,6 @@ import logging
 import os
 import re
 import resource
-import signal
 import subprocess
 import sys
 import threading
@@ -312,16 +311,6 @@ def test_what_gunicorn_says_and_how_to_try_it_stands_in_the_same_file(proxy):
     assert start[2][1].startswith(f"aiproxy serves {proxy.url} - try: curl")
     assert proxy.stdout_lines() == []
     assert proxy.stderr == ""
-
-
-def test_a_reload_of_gunicorn_s_own_doubles_nothing(proxy):
-    before = len(having(proxy, "gunicorn"))
-    proxy.process.send_signal(signal.SIGHUP)
-    await_that(lambda: len(booted(proxy)) == 4)
-    hang_ups = [line for line in having(proxy, "gunicorn")[before:] if "Hang up" in line["message"]]
-    assert len(hang_ups) == 1
-    assert len({line["message"] for line in booted(proxy)}) == 4
-    assert (proxy.stdout_lines(), proxy.stderr) == ([], "")
 
 
 def test_json_on_standard_output_holds_gunicorn_s_lines_too(serve):

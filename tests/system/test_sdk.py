@@ -186,15 +186,6 @@ def test_a_broken_stream_raises_and_is_never_taken_for_a_message(client, a, b, b
     assert b.seen == []  # the client had seen a part: nobody else is asked
 
 
-def test_a_stream_that_begins_with_an_error_event_everywhere_is_raised_as_its_status(client, a, b):
-    for one in (a, b):
-        one.script(events([*SPOKEN[:1], error_event("rate_limit_error", "slow down")]))
-    with pytest.raises(anthropic.RateLimitError) as caught, client.messages.stream(**ASK):
-        pass
-    assert caught.value.body["error"] == {"type": "rate_limit_error", "message": "slow down"}
-    assert caught.value.request_id
-
-
 # ----------------------------------------------------------------------------------------- tool use
 
 
@@ -256,23 +247,6 @@ def test_create_through_a_must_stream_upstream_gives_the_message_that_the_events
     assert raw.headers["content-type"] == "application/json"
     assert raw.headers["x-aiproxy-upstream"] == "d"
     assert [one.json()["stream"] for one in c.seen + d.seen] == [True, True]
-
-
-@pytest.mark.parametrize(
-    ("reply", "class_", "type_"),
-    [
-        (events([*SPOKEN[:4], error_event()]), anthropic.OverloadedError, "overloaded_error"),
-        (events(SPOKEN[:5], then="cut"), anthropic.InternalServerError, "api_error"),
-    ],
-    ids=["error event", "cut"],
-)
-def test_an_error_behind_must_stream_is_raised_as_its_status(client, c, d, reply, class_, type_):
-    for one in (c, d):
-        one.script(reply)
-    with pytest.raises(class_) as caught:
-        client.messages.create(**MUST)
-    assert caught.value.type == type_
-    assert caught.value.request_id
 
 
 # --------------------------------------------------------------------------------------------- errors

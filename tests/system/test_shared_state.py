@@ -281,14 +281,6 @@ def test_an_upstream_that_was_drained_and_taken_out_of_the_file_comes_back_in_us
     assert not back.draining
 
 
-def test_a_shorter_cooldown_holds_for_all(worker):
-    a, b = worker(), worker()
-    a.fail(3)
-    await_that(lambda: b.circuit.state == "open")
-    a.breaker.configure(3, 5.0)
-    await_that(lambda: b.circuit.seconds <= 5.0)
-
-
 def test_who_starts_knows_of_open_circuits_before_its_first_request(worker, monkeypatch):
     worker().fail(3)
     monkeypatch.setattr(shared_state, "START", 3.0)
@@ -318,16 +310,6 @@ def test_snapshots_reach_all_and_those_of_ended_workers_stay(worker):
     assert [instance for instance, _ in rows.running] == ["two"]
     c.state.stop()
     assert [len(each) for each in (b.state.rows().running, b.state.rows().ended)] == [0, 1]
-
-
-def test_rows_of_many_ended_workers_become_one(worker):
-    first = worker(instance="one")
-    row = b'{"at":%f,"instance":"one","has_ended":true,"snapshot":1}'
-    for n in range(12):
-        first.state.call(lambda store, n=n: store.write_row(f"old{n}", row % (store.now() - 100)))
-    assert len(first.state.rows().ended) == 12
-    second = worker(instance="one")
-    await_that(lambda: [bytes(row) for _, row in second.state.rows().ended] == [b"12"])
 
 
 def test_a_row_in_another_form_is_left_out(worker):

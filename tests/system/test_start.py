@@ -177,17 +177,6 @@ def test_gunicorn_s_settings_are_those_of_its_file_and_the_command_line_wins(tmp
     assert settings("--threads", "8", GUNICORN_CMD_ARGS=given) == ["['127.0.0.1:1']", "2", "8", "9"]
 
 
-@needs("curl")
-def test_another_bind_address_is_served_and_told(serve):
-    port = free_port()
-    served = serve(DEMO, wait=False, env={"GUNICORN_CMD_ARGS": f"--bind 127.0.0.1:{port}"})
-    line = served.wait_for_log(READY)
-    assert line[1] == f"http://127.0.0.1:{port}"
-    assert_the_line_works(line)
-    with pytest.raises(ConnectionRefusedError):
-        socket.create_connection((HOST, served.port), 1)
-
-
 # -------------------------------------------------------------------------------- starts that succeed
 
 

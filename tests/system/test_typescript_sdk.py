@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from accounts import Account
 from conftest import NOTHING_IS_SKIPPED, Output, serving
-from fakes import HOST, SPOKEN, answer, close_now, error, events, free_port, tool_use, whole
+from fakes import HOST, SPOKEN, answer, close_now, error, events, free_port, whole
 
 HERE = Path(__file__).parents[1] / "typescript"
 READY = shutil.which("node") is not None and (HERE / "node_modules").is_dir()
@@ -92,13 +92,6 @@ def test_a_stream_arrives_live(run, at):
     assert [text for text, _ in done["arrivals"]] == ["one ", "two ", "three"]
     times = [at for _, at in done["arrivals"]]
     assert times[2] - times[0] > 100  # milliseconds; in one piece they would come together
-
-
-def test_tool_input_is_put_together(run, at):
-    at("a", answer("x", tool=tool_use()))
-    content = run("stream")["done"]["message"]["content"]
-    assert content[-1]["type"] == "tool_use"
-    assert content[-1]["input"] == tool_use()["input"]
 
 
 def test_an_upstream_that_must_stream_answers_whole(run, at):
