@@ -67,11 +67,7 @@ class Cluster:
         self.answered = 0
         self._lock = threading.Lock()
         workers = 2 if redis else 4
-        options = {
-            "gunicorn_args": ["--graceful-timeout", "5"],
-            "env": {"TMPDIR": str(folder)},
-            "wait": False,
-        }
+        options = {"gunicorn_args": ["--graceful-timeout", "5"], "env": {"TMPDIR": str(folder)}}
         self.served = [
             begin_to_serve(folder / f"config-{n}.yaml", config, workers=workers, wait=False, **options)
             for n in range(4 // workers)
