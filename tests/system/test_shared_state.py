@@ -251,16 +251,12 @@ def test_a_backoff_of_a_model_is_shared_until_the_model_answers(worker):
     await_that(lambda: a.upstream.usable("claude-x"), limit=SOON)
 
 
-def test_closing_by_hand_reaches_all(worker):
+def test_what_is_done_by_hand_reaches_all_and_whoever_comes_later_and_a_reload_ends_a_drain(worker):
     a, b = worker(), worker()
     a.fail(3)
     await_that(lambda: b.circuit.state == "open")
     b.close()
     await_that(lambda: a.circuit.state == "closed", limit=SOON)
-
-
-def test_a_drain_reaches_all_and_whoever_comes_later_and_ends_with_a_reload_anywhere(worker):
-    a, b = worker(), worker()
     a.drain()
     await_that(lambda: b.upstream.draining, limit=SOON)
     c = worker()

@@ -2,11 +2,9 @@
 
 import contextlib
 import importlib.metadata
-import itertools
 import json
 import os
 import re
-import runpy
 import shutil
 import signal
 import socket
@@ -14,7 +12,6 @@ import subprocess
 import sys
 import threading
 import time
-import types
 
 import pytest
 import yaml
@@ -71,41 +68,6 @@ def assert_the_line_works(line):
         check=True,
     )
     assert json.loads(ran.stdout)["type"] == "message"
-
-
-@pytest.fixture
-def said_when_ready(tmp_path, monkeypatch, capsys):
-    """The lines that gunicorn.conf.py says when it serves these upstreams at these addresses."""
-
-    def say(*upstreams, at=("http://127.0.0.1:8080",), anonymous=True):
-        path = tmp_path / "config.yaml"
-        path.write_text(
-            yaml.safe_dump({"allow_anonymous": anonymous, "upstreams": list(upstreams)}, allow_unicode=True),
-            encoding="utf-8",
-        )
-        monkeypatch.setenv("AIPROXY_CONFIG", str(path))
-        told = runpy.run_path(str(ROOT / "gunicorn.conf.py"))
-        told["when_ready"](types.SimpleNamespace(LISTENERS=list(at)))
-        return capsys.readouterr().out.splitlines()
-
-    return say
-
-
-def as_a_shell_reads(lines):
-    """What curl would be called with: the URL, and the options as (name, value) pairs."""
-    command = re.search(READY, lines[-1])[2]
-    show = "curl() { printf '%s\\0' \"$@\"; }"
-    ran = subprocess.run(["sh", "-c", f"{show}; {command}"], capture_output=True, text=True, check=True)
-    args = ran.stdout.split("\0")[:-1]
-    urls = [arg for n, arg in enumerate(args) if arg.startswith("http") and not args[n - 1].startswith("-")]
-    assert len(urls) == 1, args
-    options = list(itertools.pairwise(args))
-    return urls[0], options
-
-
-def real(**given):
-    """An upstream's settings that is no demo."""
-    return {"name": "one", "base_url": "http://127.0.0.1:1", "token": "sk-test-one", **given}
 
 
 # ------------------------------------------------------------------------------------ starts that fail
@@ -205,45 +167,25 @@ def test_the_demo_says_that_it_is_one_and_its_line_s_command_shows_a_failover(de
 def test_a_real_upstream_is_served_without_a_banner_and_the_line_s_request_suits_it(
     config_of, serve, upstream
 ):
-    fake = upstream()
-    served = serve(config_of([fake], allow_anonymous=True))
+    fake, model = upstream(), 'it\'s "odd" $HOME `id` back\\slash \U0001f600'
+    served = serve(config_of([{"base_url": fake, "available_models": [model]}], allow_anonymous=True))
     line = served.wait_for_log(READY)
     served.wait_for_stderr("Booting worker")
     assert len(served.stdout_lines()) == 1
     assert [line for line in served.stderr.splitlines() if "[INFO]" not in line] == []
     assert_the_line_works(line)
-    assert fake.seen[0].json().keys() >= {"model", "max_tokens", "messages"}
+    asked = fake.seen[0].json()
+    assert (asked["model"], asked.keys() >= {"max_tokens", "messages"}) == (model, True)
     # The API refuses a request without the one, and does not take a form for JSON.
     assert re.fullmatch(r"20\d\d-\d\d-\d\d", fake.seen[0].header("anthropic-version") or "none")
     assert fake.seen[0].header("content-type") == "application/json"
 
 
-def test_a_warning_of_the_configuration_is_told_at_the_start(said_when_ready):
-    first, _ = said_when_ready(real(base_url="http://127.0.0.1:1/v1"))
-    assert re.match(
-        r"warning: .*config\.yaml: line \d+: upstreams\[0\]\.base_url(?: \(.*\))?: ends in /v1", first
+def test_a_warning_of_the_configuration_is_told_at_the_start(serve):
+    served = serve({"upstreams": [{"base_url": "http://127.0.0.1:1/v1", "token": "sk-test-one"}]})
+    served.wait_for_log(
+        r"^warning: .*config-1\.yaml: line \d+: upstreams\[0\]\.base_url(?: \(.*\))?: ends in /v1"
     )
-
-
-def test_a_loopback_address_without_keys_is_served_with_a_warning(said_when_ready):
-    first, _ = said_when_ready(real(), anonymous=False)
-    assert first == "warning: no api_keys are set: every user of this machine is served"
-
-
-@pytest.mark.parametrize(
-    "model", ["claude-x", 'it\'s "odd"', "back\\slash", "$HOME `id` %s", "größer \U0001f600"]
-)
-def test_the_ready_line_asks_for_a_model_that_is_served(said_when_ready, model):
-    url, options = as_a_shell_reads(said_when_ready(real(), real(name="two", available_models=[model])))
-    assert url == "http://127.0.0.1:8080/v1/messages"
-    (body,) = [value for name, value in options if name in ("-d", "--data", "--json")]
-    assert json.loads(body)["model"] == model
-
-
-def test_the_ready_line_knows_unix_sockets(said_when_ready):
-    url, options = as_a_shell_reads(said_when_ready(real(), at=["unix:/run/aiproxy.sock"]))
-    assert ("--unix-socket", "/run/aiproxy.sock") in options
-    assert url.endswith("/v1/messages")
 
 
 def has_ipv6():

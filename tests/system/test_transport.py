@@ -33,7 +33,6 @@ from aiproxy.transport.session import Transport
 
 MB = 1024 * 1024
 FRAMINGS = ["chunked", "length", "close"]
-BODY = b"{}"
 MESSAGE = message_json()
 LARGE = b'{"model":"claude-x","padding":"' + b"x" * 20 * MB + b'"}'
 
@@ -124,23 +123,15 @@ def test_leaving_ends_a_hanging_connect_and_a_hanging_handshake(transport):
 @pytest.mark.parametrize("tls", [False, True])
 @pytest.mark.parametrize(
     ("reply", "body"),
-    [
-        (stalled_upload(), LARGE),
-        (hang(), BODY),
-        *((events([b"one"], f, then="hang"), BODY) for f in FRAMINGS),
-    ],
-    ids=["upload", "head", *FRAMINGS],
+    [(stalled_upload(), LARGE), (hang(), b"{}"), (events([b"one"], then="hang"), b"{}")],
+    ids=["upload", "head", "body"],
 )
 def test_leaving_ends_an_upload_and_the_wait_for_an_answer(transport, upstream, bundle, tls, reply, body):
-    for is_reused in (False, True):
-        a = upstream(*[answer()] * is_reused, reply, tls=loopback_tls() if tls else None)
-        if is_reused:
-            ask(transport, a, ca_bundle=bundle)
-        assert_leaving_ends(
-            transport, a, once=lambda a=a, n=1 + is_reused: a.wait_for(n), body=body, ca_bundle=bundle
-        )
-        if body is BODY:
-            a.wait_left()
+    a = upstream(answer(), reply, tls=loopback_tls() if tls else None)
+    ask(transport, a, ca_bundle=bundle)  # a kept connection is no other
+    assert_leaving_ends(transport, a, once=lambda: a.wait_for(2), body=body, ca_bundle=bundle)
+    if body is not LARGE:
+        a.wait_left()
 
 
 # --------------------------------------------------------------------------------------------- timeouts

@@ -15,7 +15,7 @@ import time
 
 import pytest
 import trustme
-from clients import Leaving, ask, begin, failure
+from clients import ask, begin, failure
 from conftest import needs, serving
 from fakes import (
     ASK,
@@ -32,7 +32,6 @@ from fakes import (
     error,
     events,
     free_port,
-    hang,
     loopback_tls,
     message_json,
     raw,
@@ -112,21 +111,6 @@ def test_the_forward_proxy_gets_the_password_that_is_meant(transport, upstream, 
     assert [seen.every("proxy-authorization") for seen in egress.seen] == [[expected]] * 2
 
 
-def test_an_upstream_under_tls_is_reached_through_a_tunnel_that_shows_no_token(transport, upstream, bundle):
-    a = upstream(tls=loopback_tls())
-    egress = upstream(default=tunnel_to(a.port))
-    proxy = egress.url.replace("//", "//user:hunter2@")
-    assert [ask(transport, a.url, proxy=proxy, ca_bundle=bundle) for _ in range(3)] == [MESSAGE] * 3
-    (connect,) = egress.seen  # the tunnel is kept
-    assert (connect.method, connect.target) == ("CONNECT", f"{HOST}:{a.port}")
-    # Python 3.12 and later send a `Host` as well.
-    assert {name.lower() for name, _ in connect.headers} - {"host"} == {"proxy-authorization"}
-    assert [seen.target for seen in a.seen] == ["/v1/messages"] * 3
-    assert [(seen.header("proxy-authorization"), seen.header("x-api-key")) for seen in a.seen] == [
-        (None, "sk-test-a")
-    ] * 3
-
-
 def test_a_kept_connection_or_tunnel_that_is_dead_is_stale_and_a_new_one_is_made(transport, upstream, bundle):
     a = upstream(whole(200, MESSAGE), close_now(), tls=loopback_tls())
     tunnel = upstream(default=tunnel_to(a.port))
@@ -137,19 +121,6 @@ def test_a_kept_connection_or_tunnel_that_is_dead_is_stale_and_a_new_one_is_made
         assert (failed.fault, failed.is_stale) == (Fault.BROKEN, True)
         assert ask(transport, url, proxy=egress.url, ca_bundle=bundle) == MESSAGE
         assert egress.connections == 2
-
-
-@pytest.mark.parametrize("tls", [False, True])
-def test_leaving_ends_a_request_through_a_forward_proxy(transport, upstream, bundle, tls):
-    a = upstream(hang(), tls=loopback_tls() if tls else None)
-    egress = upstream(default=tunnel_to(a.port)) if tls else a
-    with Leaving() as client:
-        threading.Thread(target=lambda: (a.wait_for(1), client.leave())).start()
-        assert (
-            failure(transport, a.url, proxy=egress.url, ca_bundle=bundle, wait=client.wait).fault
-            is Fault.CLIENT_LEFT
-        )
-    a.wait_left()
 
 
 @pytest.mark.parametrize("says", [b"", b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\n\r\n"])
