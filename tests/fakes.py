@@ -48,6 +48,8 @@ ERROR_TYPES = {
     529: "overloaded_error",
 }
 
+REASONS = {each.value: each.phrase for each in http.HTTPStatus} | {529: "Overloaded"}
+
 _request_ids = itertools.count(1)
 
 
@@ -206,11 +208,9 @@ class Wire:
 
     def head(self, status, headers=()):
         """Send a status line and exactly these headers."""
-        known = {each.value: each.phrase for each in http.HTTPStatus}
-        reason = known.get(status, "Overloaded" if status == 529 else "Unknown")
         pairs = list(headers)
         self.closing = (_first(pairs, "connection") or "").lower() == "close"
-        self.send(_head(f"HTTP/1.1 {status} {reason}", pairs))
+        self.send(_head(f"HTTP/1.1 {status} {REASONS.get(status, 'Unknown')}", pairs))
 
     def chunk(self, data):
         """Send one chunk of a chunked body; nothing for no bytes, since an empty chunk would end it."""
@@ -299,11 +299,6 @@ class FakeUpstream:
     def connections(self):
         """How many TCP connections were accepted so far."""
         return len(self._connections)
-
-    @property
-    def open_connections(self):
-        """How many of them neither side has closed."""
-        return sum(not connection.is_over for connection in self._connections)
 
     def script(self, *replies):
         """Queue further replies, one a request."""

@@ -26,7 +26,7 @@ from aiproxy.upstreams.shared_state import SharedState
 from aiproxy.upstreams.upstream import Upstream
 
 COOLDOWN = 30.0
-SOON = 3.0  # seconds; a change is known to all within one
+SOON = 2.0  # seconds; a change is known to all within one, and this machine may be busy
 
 
 @pytest.fixture(scope="module")

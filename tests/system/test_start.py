@@ -345,6 +345,16 @@ def test_make_run_sets_up_first_and_again_when_the_requirements_change(checkout)
     assert "requirements-dev" not in told
 
 
+def test_make_test_checks_everything(checkout):
+    (checkout / ".venv" / "installed-dev").touch()
+    node = checkout / "tests" / "typescript"
+    node.mkdir(parents=True)
+    (node / "package-lock.json").touch()
+    told = make(checkout, "-n", "test").stdout
+    for tool in ("ruff check .", "ruff format --check .", "mypy", "python -m pytest"):
+        assert f".venv/bin/{tool}\n" in told
+
+
 @pytest.mark.parametrize("name", ["requirements.txt", "requirements-dev.txt"])
 def test_all_requirements_are_pinned_to_what_is_tested(name):
     lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
@@ -363,7 +373,7 @@ def test_all_requirements_are_pinned_to_what_is_tested(name):
 
 # Last, so that it had its time: see the fixture.
 def test_a_port_in_use_ends_the_start_and_says_which(port_in_use):
-    code = port_in_use.wait_exit(10)
+    code = port_in_use.wait_exit()
     assert code != 0
     assert f"('127.0.0.1', {port_in_use.port})" in port_in_use.stderr.splitlines()[-1]
     assert "in use" in port_in_use.stderr
