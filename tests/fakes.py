@@ -159,8 +159,8 @@ class Connection:
     def close(self):
         """Close for good; by FIN, or by RST if the peer sent something that was not read."""
         self.wait_over(0)
-        self.note_end(has_left=False)
         self.sock.close()
+        self.note_end(has_left=False)
 
     def shut(self):
         """End it from another thread: whatever blocks on the socket returns, and the owner closes."""
@@ -299,6 +299,11 @@ class FakeUpstream:
     def connections(self):
         """How many TCP connections were accepted so far."""
         return len(self._connections)
+
+    @property
+    def open_connections(self):
+        """How many of them neither side has closed."""
+        return sum(not connection.is_over for connection in self._connections)
 
     def script(self, *replies):
         """Queue further replies, one a request."""

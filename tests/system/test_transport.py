@@ -14,6 +14,7 @@ from fakes import (
     HOST,
     RawClient,
     answer,
+    await_that,
     blackhole,
     close_now,
     dead_port,
@@ -66,6 +67,14 @@ def test_a_connection_whose_answer_was_not_read_to_its_end_is_closed(transport, 
     a.wait_left()
     assert ask(transport, a) == MESSAGE
     assert [request.connection for request in a.seen] == [1, 2]
+
+
+def test_a_connection_that_the_upstream_closed_while_idle_is_not_taken(transport, upstream):
+    a = upstream(raw(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}"))
+    ask(transport, a)
+    await_that(lambda: not a.open_connections)
+    assert ask(transport, a) == MESSAGE
+    assert a.connections == 2
 
 
 def test_calls_at_the_same_time_use_connections_of_their_own_and_keep_them(transport, upstream):
