@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import json
 import os
 import subprocess
 import time
 from collections import deque
-from pathlib import Path
-from typing import Any, Self
 
 LIMIT = 15.0  # seconds for anything it is asked for
 _FLAGS = "--headless=new --no-sandbox --disable-gpu --no-first-run --remote-debugging-pipe --hide-scrollbars"
@@ -19,9 +16,9 @@ _FLAGS = "--headless=new --no-sandbox --disable-gpu --no-first-run --remote-debu
 class Chromium:
     """One browser with one page. `log` has all events since the page was opened."""
 
-    def __init__(self, directory: Path) -> None:
-        self.log: list[dict[str, Any]] = []
-        self._events: deque[dict[str, Any]] = deque()  # those that nobody has waited for yet
+    def __init__(self, directory):
+        self.log = []
+        self._events = deque()  # those that nobody has waited for yet
         to_it, self._out = os.pipe()
         self._in, from_it = os.pipe()
         # The protocol's own descriptors are 3 and 4; the shell puts them there.
@@ -34,19 +31,19 @@ class Chromium:
         )
         os.close(to_it)
         os.close(from_it)
-        self._answers: dict[int, dict[str, Any]] = {}
+        self._answers = {}
         self._buffer = b""
         self._number = 0
-        self._session: str | None = None
+        self._session = None
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Network", "Runtime", "Log"):
             self.call(f"{domain}.enable")
 
-    def __enter__(self) -> Self:
+    def __enter__(self):
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *_):
         with contextlib.suppress(OSError, AssertionError):
             self._session = None
             self.call("Browser.close")
@@ -55,7 +52,7 @@ class Chromium:
         os.close(self._in)
         os.close(self._out)
 
-    def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+    def call(self, method, **parameters):
         """Do what the protocol calls `method`, and wait for its result."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": parameters}
@@ -68,7 +65,7 @@ class Chromium:
         assert "error" not in answer, f"{method}: {answer['error']}"
         return answer["result"]
 
-    def wait_for(self, method: str) -> dict[str, Any]:
+    def wait_for(self, method):
         """The next event of that name; those before it are dropped."""
         limit = time.monotonic() + LIMIT
         while True:
@@ -79,29 +76,29 @@ class Chromium:
             assert time.monotonic() < limit, f"no {method}"
             self._read()
 
-    def open(self, url: str) -> None:
+    def open(self, url):
         """Go there, and wait until the page is loaded."""
         self.log.clear()
         self._events.clear()
         self.call("Page.navigate", url=url)
         self.wait_for("Page.loadEventFired")
 
-    def logged(self, method: str) -> list[dict[str, Any]]:
+    def logged(self, method):
         """The events of that name since the page was opened."""
         return [event["params"] for event in self.log if event["method"] == method]
 
-    def wait_until_loaded_again(self) -> None:
+    def wait_until_loaded_again(self):
         """Wait until a button or the page itself has brought the next one."""
         self._events.clear()
         self.wait_for("Page.loadEventFired")
 
-    def look(self, expression: str) -> Any:
+    def look(self, expression):
         """What a JavaScript expression gives on the page; works where the page itself runs none."""
         result = self.call("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
 
-    def click(self, selector: str) -> None:
+    def click(self, selector):
         """Click on the middle of the first element that the selector finds, as a person would.
 
         What that brings about can then be waited for.
@@ -116,11 +113,7 @@ class Chromium:
                 "Input.dispatchMouseEvent", type=kind, x=place[0], y=place[1], button="left", clickCount=1
             )
 
-    def screenshot(self) -> bytes:
-        """The page as it is seen, as PNG."""
-        return base64.b64decode(self.call("Page.captureScreenshot")["data"])
-
-    def _read(self) -> None:
+    def _read(self):
         data = os.read(self._in, 1 << 20)
         assert data, "Chromium ended"
         *messages, self._buffer = (self._buffer + data).split(b"\0")

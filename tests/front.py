@@ -9,29 +9,17 @@ import os
 import pwd
 import re
 import shlex
-import shutil
 import socket
 import ssl
 import subprocess
-import threading
-import time
-from pathlib import Path
-from types import TracebackType
-from typing import Self
 
-import pytest
 import trustme
 from conftest import ROOT
-from fakes import HOST, RawClient, free_port
+from fakes import HOST, RawClient, await_that, free_port
 
 SHIPPED = (ROOT / "deploy" / "nginx.conf").read_text()
 SEVERAL = (ROOT / "deploy" / "several-machines.conf").read_text()
 NAME = "aiproxy.example.com"
-
-needs_nginx = pytest.mark.skipif(
-    shutil.which("nginx") is None and os.environ.get("AIPROXY_REQUIRE_ALL") != "1",
-    reason="nginx is missing",
-)
 
 _AUTHORITY = trustme.CA()
 _CERTIFICATE = _AUTHORITY.issue_cert(NAME)
@@ -53,9 +41,7 @@ http {{
 class Front:
     """A running nginx: its ports, its access log. `instances` are the two ports it passes requests to."""
 
-    def __init__(
-        self, folder: Path, instances: tuple[int, int], scale: int = 1, several_machines: bool = False
-    ) -> None:
+    def __init__(self, folder, instances, scale=1, several_machines=False):
         """`scale`: every time in the file is divided by that; `several_machines`: as README.md makes it."""
         folder.mkdir(exist_ok=True)
         self.folder = folder
@@ -73,7 +59,7 @@ class Front:
         )
         (folder / "nginx.conf").write_text(main)
 
-    def _put_in_place(self, text: str, instances: tuple[int, int]) -> str:
+    def _put_in_place(self, text, instances):
         """The text with this machine's addresses and paths; IPv6 is not everywhere."""
         places = {
             r"listen \[::\]:.*;": "",
@@ -91,55 +77,46 @@ class Front:
         return text
 
     @property
-    def url(self) -> str:
+    def url(self):
         """Where it serves."""
         return f"https://{NAME}:{self.port}"
 
-    def log(self, count: int) -> list[str]:
+    def log(self, count):
         """The access log, of so many lines: nginx writes one after the client has its answer."""
-        limit = time.monotonic() + 5
-        while True:
-            lines = (self.folder / "aiproxy.access.log").read_text().splitlines()
-            if len(lines) >= count:
-                return lines
-            assert time.monotonic() < limit, lines
-            threading.Event().wait(0.01)
+        path = self.folder / "aiproxy.access.log"
+        await_that(lambda: len(path.read_text().splitlines()) >= count)
+        return path.read_text().splitlines()
 
-    def __enter__(self) -> Self:
-        errors = str(self.folder / "error.log")
-        self._process = subprocess.Popen(["nginx", "-c", str(self.folder / "nginx.conf"), "-e", errors])
-        limit = time.monotonic() + 10
-        while True:
-            try:
-                socket.create_connection((HOST, self.plain_port), 1).close()
-            except ConnectionRefusedError:
-                ended = self._process.poll() is not None
-                assert not ended, Path(errors).read_text()
-                assert time.monotonic() < limit
-                threading.Event().wait(0.02)
-            else:
-                return self
+    def __enter__(self):
+        errors = self.folder / "error.log"
+        self._process = subprocess.Popen(["nginx", "-c", str(self.folder / "nginx.conf"), "-e", str(errors)])
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+        def accepts():
+            assert self._process.poll() is None, errors.read_text()
+            with socket.socket() as sock:
+                return sock.connect_ex((HOST, self.plain_port)) == 0
+
+        await_that(accepts)
+        return self
+
+    def __exit__(self, *_):
         self._process.terminate()
         self._process.wait(10)
 
-    def client(self, timeout: float = 10.0) -> RawClient:
+    def client(self, timeout=10.0):
         """A client of HTTP/1.1 under TLS that checks the certificate."""
         context = ssl.create_default_context(cafile=str(self.authority))
         sock = socket.create_connection((HOST, self.port), timeout)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return RawClient.on(context.wrap_socket(sock, server_hostname=NAME))
 
-    def curl(self, *arguments: str) -> list[str]:
+    def curl(self, *arguments):
         """A curl command that speaks HTTP/2 to it."""
         resolve = ["--resolve", f"{NAME}:{self.port}:{HOST}", "--cacert", str(self.authority)]
         return ["curl", "--silent", "--show-error", "--http2", "--max-time", "10", *resolve, *arguments]
 
 
-def for_several_machines() -> str:
+def for_several_machines():
     """nginx.conf after the `sed` of deploy/README.md, and several-machines.conf beside it."""
     readme = (ROOT / "deploy" / "README.md").read_text()
     found = re.search(r"^(sed -e .*) /opt/aiproxy/deploy/nginx.conf >", readme, re.MULTILINE)
@@ -151,6 +128,6 @@ def for_several_machines() -> str:
     return SEVERAL + edited
 
 
-def _scaled(text: str, scale: int) -> str:
+def _scaled(text, scale):
     """Each time in seconds divided; the lifetime of TLS sessions does not matter."""
     return re.sub(r"(?<!=)\b(\d+)s;", lambda found: f"{int(found[1]) * 1000 // scale}ms;", text)

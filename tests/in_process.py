@@ -175,8 +175,14 @@ class Proxy:
         assert {name: breaker.out for name, breaker in self.breakers.items() if breaker.out} == {}
 
 
+def client_of(*upstreams, clock=time.monotonic, **settings):
+    """A Flask client of the application; upstreams are as for `Proxy`, settings those of `Config`."""
+    listed = tuple(_settings(chr(97 + n), one) for n, one in enumerate(upstreams))
+    return create_app(Config(upstreams=listed, **settings), clock).test_client()
+
+
 def _settings(name, one):
     given = one if isinstance(one, dict) else {"base_url": one}
-    base_url = given["base_url"]
+    base_url = given.get("base_url", "http://127.0.0.1:9")
     url = base_url.url if isinstance(base_url, FakeUpstream) else base_url
     return UpstreamSettings(**{"name": name, "token": f"sk-test-{name}", **given, "base_url": url})

@@ -4,38 +4,36 @@ import base64
 import json
 import os
 import socket
-import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from fakes import RawClient, answer, error, free_port
+from conftest import ROOT
+from fakes import ASK, RawClient, answer, error, free_port
+from in_process import client_of as any_client_of
 
-from aiproxy.app import create_app
-from aiproxy.config import ClientKey, Config, Secret, UpstreamSettings, load
+from aiproxy.config import ClientKey, Secret
 
 # In no form that looks like a key to those who do not know it.
 ALICE, BOB = "alice.8f3kd92mm1xw", 'b"ob\\77xk20dk1ss'
 KEYS = (ClientKey("alice", (Secret(ALICE),)), ClientKey("bob", (Secret(BOB),)))
-MODEL = "claude-x"
+MODEL = ASK["model"]
 
 
 def client_of(upstream, keys=KEYS, auth="x-api-key", models=(), **settings):
-    listed = UpstreamSettings(
-        name="a",
-        base_url=upstream.url,
-        token="sk-test-upstream",
-        auth=auth,
-        available_models=frozenset(models),
-    )
-    return create_app(Config(upstreams=(listed,), api_keys=keys, **settings)).test_client()
+    one = {
+        "base_url": upstream,
+        "token": "sk-test-upstream",
+        "auth": auth,
+        "available_models": frozenset(models),
+    }
+    return any_client_of(one, api_keys=keys, **settings)
 
 
 def ask(client, headers, prompt="Hi", path="/v1/messages", model=MODEL):
-    body = {"model": model, "max_tokens": 9, "messages": [{"role": "user", "content": prompt}]}
-    return client.post(path, json=body, headers=headers, buffered=True)
+    body = {**ASK, "model": model, "messages": [{"role": "user", "content": prompt}]}
+    return client.post(path, json=body, headers=headers)
 
 
 def bearer(key, scheme="Bearer"):
@@ -44,10 +42,6 @@ def bearer(key, scheme="Bearer"):
 
 def x_api_key(key):
     return ("x-api-key", key)
-
-
-def values_of(seen):
-    return "\n".join(value for _, value in seen.headers)
 
 
 # ------------------------------------------------------------------------------------- who is let in
@@ -59,8 +53,6 @@ def values_of(seen):
         [x_api_key(ALICE)],
         [x_api_key(f"  {ALICE} ")],
         [bearer(ALICE)],
-        [bearer(ALICE, "bearer")],
-        [bearer(ALICE, "BEARER")],
         [bearer(ALICE, "bEaReR")],
         [bearer(f"  {ALICE} ")],
         [x_api_key(ALICE), bearer("sk-ant-foreign")],
@@ -79,22 +71,14 @@ def test_a_good_key_is_let_in_whatever_stands_beside_it(upstream, headers):
     [
         [],
         [x_api_key("")],
-        [x_api_key("   ")],
-        [bearer("")],
-        [("authorization", "Bearer")],
-        [("authorization", "")],
         [x_api_key("wrong")],
         [bearer("wrong")],
         [x_api_key(ALICE[:-1])],
         [x_api_key(ALICE + "x")],
-        [x_api_key(ALICE.upper())],
-        [x_api_key("alice")],
-        [x_api_key(f"{ALICE},{BOB}")],
         [x_api_key("wrong"), bearer("wrong too")],
         [("authorization", "Basic " + base64.b64encode(f"alice:{ALICE}".encode()).decode())],
         [("authorization", f"Basic {ALICE}")],
         [("cookie", f"x-api-key={ALICE}")],
-        [("x-goog-api-key", ALICE)],
         [x_api_key("schlüssel")],
         [bearer("\xff\xfe")],
     ],
@@ -104,11 +88,8 @@ def test_without_a_good_key_it_is_the_api_s_401_and_no_upstream_is_asked(upstrea
     reply = ask(client_of(fake), headers)
     assert reply.status_code == 401
     assert reply.headers["x-should-retry"] == "false"
-    assert reply.content_type == "application/json"
     told = reply.get_json()
-    assert told["type"] == "error"
-    assert told["error"]["type"] == "authentication_error"
-    assert told["error"]["message"]
+    assert (told["type"], told["error"]["type"]) == ("error", "authentication_error")
     assert told["request_id"] == reply.headers["request-id"]
     assert fake.connections == 0
 
@@ -117,7 +98,6 @@ def test_without_a_good_key_it_is_the_api_s_401_and_no_upstream_is_asked(upstrea
     ("method", "path"),
     [
         ("POST", "/v1/messages"),
-        ("POST", "/v1/messages?beta=true"),
         ("POST", "/v1/messages/count_tokens"),
         ("GET", "/v1/models"),
         ("GET", f"/v1/models/{MODEL}"),
@@ -128,21 +108,9 @@ def test_every_endpoint_wants_a_key(upstream, method, path, models):
     fake = upstream()
     client = client_of(fake, models=models)
     body = {"json": {"model": MODEL, "messages": []}} if method == "POST" else {}
-    assert client.open(path, method=method, buffered=True, **body).status_code == 401
+    assert client.open(path, method=method, **body).status_code == 401
     assert fake.connections == 0
-    assert client.open(path, method=method, headers=[bearer(BOB)], buffered=True, **body).status_code == 200
-
-
-def test_keys_are_given_as_strings_or_with_names(upstream, tmp_path, config_of, capsys):
-    path = tmp_path / "config.yaml"
-    keys = ["first-key-0123", {"name": "carol", "key": "third-key-4567"}]
-    path.write_text(json.dumps(config_of([upstream()], api_keys=keys)))
-    client = create_app(load(path)).test_client()
-    assert ask(client, [x_api_key("first-key-0123")]).status_code == 200
-    assert ask(client, [x_api_key("third-key-4567")]).status_code == 200
-    assert ask(client, [x_api_key("carol")]).status_code == 401
-    lines = [line for line in capsys.readouterr().out.splitlines() if " request " in line]
-    assert ["client=key-1" in lines[0], "client=carol" in lines[1]] == [True, True]
+    assert client.open(path, method=method, headers=[bearer(BOB)], **body).status_code == 200
 
 
 def test_without_keys_everyone_is_let_in(upstream):
@@ -154,12 +122,24 @@ def test_without_keys_everyone_is_let_in(upstream):
 # ---------------------------------------------------------------------- the log, upstreams and clients
 
 
+def assert_unsaid(said, key):
+    """Neither as it is nor as JSON or a log value spells it."""
+    forms = [key]
+    for _ in range(3):
+        forms.append(json.dumps(forms[-1])[1:-1])
+    assert [form for form in forms if form in said] == []
+
+
 @pytest.mark.parametrize(("name", "key"), [("alice", ALICE), ("bob", BOB)])
 @pytest.mark.parametrize("form", [x_api_key, bearer])
 def test_the_log_has_the_key_s_name_and_never_the_key(upstream, capsys, name, key, form):
-    ask(client_of(upstream()), [form(key)])
+    for asking in KEYS:
+        ask(client_of(upstream()), [form(asking.keys[0])], prompt=f"my key is {key}, keep it")
+    ask(client_of(upstream(error(400, message=f"what is {key}?"))), [form(key)], model=key)
     said = capsys.readouterr().out
     assert f"client={name} " in said
+    assert said.count("my key is [redacted], keep it") == 2
+    assert "what is [redacted]?" in said
     assert_unsaid(said, key)
 
 
@@ -169,76 +149,25 @@ def test_the_end_of_a_request_is_logged_and_counted_by_client_and_model(upstream
     assert ask(client, [x_api_key(ALICE)]).status_code == 200
     [done] = [line for line in capsys.readouterr().out.splitlines() if " done " in line]
     assert f" client=alice model={MODEL} " in done
-    figures = client.get("/metrics", headers=[x_api_key(ALICE)]).get_data(as_text=True)
+    figures = client.get("/metrics", headers=[x_api_key(ALICE)]).text
     for kind, tokens in (("input", 5), ("output", 7)):
         labels = f'client="alice",kind="{kind}",model="{MODEL}"'
         assert f"aiproxy_client_tokens_total{{{labels}}} {tokens}.0" in figures
 
 
-@pytest.mark.parametrize("key", [ALICE, BOB])
-@pytest.mark.parametrize("asking", [ALICE, BOB])
-def test_a_key_in_the_prompt_is_not_logged_whoever_asks(upstream, capsys, key, asking):
-    ask(client_of(upstream()), [x_api_key(asking)], prompt=f"my key is {key}, keep it")
-    said = capsys.readouterr().out
-    assert "my key is [redacted], keep it" in said
-    assert_unsaid(said, key)
-
-
-def test_the_beginning_of_a_key_at_the_preview_s_end_is_not_logged(upstream, capsys):
-    client = client_of(upstream())
-    for room in range(1, len(ALICE) + 1):
-        ask(client, [x_api_key(ALICE)], prompt="." * (100 - room) + ALICE)
-    said = capsys.readouterr().out
-    assert said.count(" request ") == len(ALICE)
-    assert ".a" not in said
-
-
-@pytest.mark.parametrize("key", [ALICE, BOB])
-@pytest.mark.parametrize("status", [400, 500])
-def test_a_key_in_an_upstream_s_error_is_not_logged(upstream, capsys, key, status):
-    ask(client_of(upstream(error(status, message=f"what is {key}?"))), [bearer(key)])
-    said = capsys.readouterr().out
-    assert "what is [redacted]?" in said
-    assert_unsaid(said, key)
-
-
-@pytest.mark.parametrize("where", ["model", "path", "unknown path"])
-def test_a_key_in_the_wrong_place_is_not_logged(upstream, capsys, where):
-    client = client_of(upstream(), models=[MODEL] if where == "path" else ())
-    if where == "model":
-        ask(client, [x_api_key(ALICE)], model=ALICE)
-    else:
-        client.get(f"/v1/{'models' if where == 'path' else 'other'}/{ALICE}", headers=[x_api_key(ALICE)])
-    said = capsys.readouterr().out
-    assert "id=req_" in said
-    assert ALICE not in said
-
-
 @pytest.mark.parametrize("headers", [[x_api_key("wrong-key-1234")], [bearer("wrong-key-1234", "bearer")]])
 def test_a_wrong_key_is_refused_in_one_line_that_does_not_show_it(upstream, capsys, headers):
     ask(client_of(upstream()), headers, prompt="secret prompt")
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 1
-    assert " refused " in lines[0]
-    assert "status=401" in lines[0]
-    assert "wrong-key-1234" not in lines[0]
-    assert "secret prompt" not in lines[0]
-
-
-def assert_unsaid(said, key):
-    """Neither as it is nor as JSON or a log value spells it."""
-    forms = [key]
-    for _ in range(3):
-        forms.append(json.dumps(forms[-1])[1:-1])
-    assert [form for form in forms if form in said] == []
+    [line] = capsys.readouterr().out.splitlines()
+    assert " refused " in line
+    assert "status=401" in line
+    assert [secret for secret in ("wrong-key-1234", "secret prompt") if secret in line] == []
 
 
 @pytest.mark.parametrize("auth", ["x-api-key", "bearer"])
 @pytest.mark.parametrize(
     "headers",
     [
-        [x_api_key(ALICE)],
-        [bearer(ALICE)],
         [x_api_key(ALICE), bearer("sk-ant-foreign")],
         [x_api_key("sk-ant-foreign"), bearer(ALICE, "bearer")],
         [x_api_key(ALICE), ("proxy-authorization", f"Bearer {ALICE}"), ("cookie", f"key={ALICE}")],
@@ -251,48 +180,11 @@ def test_the_client_s_key_never_reaches_an_upstream(upstream, auth, headers, pat
     reply = client.get(path, headers=headers) if path == "/v1/models" else ask(client, headers, path=path)
     assert reply.status_code == 200
     [seen] = fake.seen
-    assert ALICE not in values_of(seen) + seen.target + seen.body.decode()
-    assert "sk-ant-foreign" not in values_of(seen)
+    assert ALICE not in str(seen.headers) + seen.target + seen.body.decode()
+    assert "sk-ant-foreign" not in str(seen.headers)
     token = "sk-test-upstream"
     expected = ([token], []) if auth == "x-api-key" else ([], [f"Bearer {token}"])
     assert (seen.every("x-api-key"), seen.every("authorization")) == expected
-
-
-def test_an_upstream_s_error_reaches_the_client_byte_for_byte_though_a_key_s_text_is_in_it(upstream):
-    # Clients branch on an error's text, and a team's key may be a word that is in it.
-    message = "model: claude-x is no Anthropic model; try another"
-    client = client_of(
-        upstream(error(404, message=message, headers=[("request-id", "r")])),
-        keys=(ClientKey("dev", (Secret("claude"),)), ClientKey("ops", (Secret("another"),))),
-    )
-    reply = ask(client, [x_api_key("claude")])
-    told = {"type": "not_found_error", "message": message}
-    assert json.loads(reply.data) == {"type": "error", "error": told, "request_id": "r"}
-
-
-def test_a_key_in_an_answer_passes_unchanged(upstream):
-    reply = ask(client_of(upstream(answer(f"Your key is {ALICE}."))), [x_api_key(ALICE)])
-    assert reply.get_json()["content"][0]["text"] == f"Your key is {ALICE}."
-
-
-def test_hundreds_of_keys_cost_a_request_next_to_nothing(upstream):
-    # Whoever guesses keys must not keep the process busy either.
-    fake, spent = upstream(), {}
-    for number in (1, 300):
-        keys = tuple(
-            ClientKey(f"client-{n}", (Secret(f"key-of-client-{n:04d}-1xz9"),)) for n in range(number)
-        )
-        client = client_of(fake, keys=keys)
-        for status in (200, 401):
-            times = []
-            for n in range(9):
-                key = keys[n * 37 % number].keys[0] if status == 200 else f"key-of-nobody-{n}-{number}"
-                began = time.thread_time()
-                assert ask(client, [x_api_key(key)]).status_code == status
-                times.append(time.thread_time() - began)
-            spent[number, status] = statistics.median(times)
-    for status in (200, 401):
-        assert spent[300, status] - spent[1, status] < 0.004
 
 
 # -------------------------------------------------------------------------------------- on the wire
@@ -374,31 +266,21 @@ def test_so_does_a_start_on_a_socket_that_it_inherits(upstream, config_of, tmp_p
     )
     with socket.create_server(("0.0.0.0", 0)) as opened:
         number = str(opened.fileno())
-        commands = [
+        for command in (
             [*gunicorn, "--bind", f"fd://{number}"],
             [sys.executable, "-c", activated, number, *gunicorn],
-        ]
-        started = [
-            subprocess.Popen(
+        ):
+            ended = subprocess.run(
                 command,
-                cwd=Path(__file__).parents[2],
+                cwd=ROOT,
                 env={"PATH": os.environ["PATH"], "AIPROXY_CONFIG": str(path)},
                 pass_fds=[opened.fileno()],
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
+                capture_output=True,
                 text=True,
+                timeout=20,
+                check=False,
             )
-            for command in commands
-        ]
-        said = []
-        try:
-            for process in started:
-                said.append(process.communicate(timeout=5)[1])
-        finally:
-            for process in started:
-                process.terminate()
-                process.communicate()
-    assert ["allow_anonymous: true" in each for each in said] == [True, True]
+            assert "allow_anonymous: true" in ended.stderr
 
 
 def test_keys_or_allow_anonymous_let_it_start_for_other_machines_and_loopback_warns(

@@ -1,10 +1,10 @@
 """The benchmark's arithmetic, its books, and one tiny run of it against this checkout's aiproxy."""
 
-import os
 import subprocess
 import sys
 
 import pytest
+from conftest import needs
 from fakes import answer, error
 
 from bench import processes, results, traffic
@@ -12,18 +12,8 @@ from bench.measure import Plan, measure
 from bench.results import AIPROXY, NGINX, Spread
 from bench.targets import TARGETS
 
-needs_compiler = pytest.mark.skipif(
-    traffic.compiler() is None and os.environ.get("AIPROXY_REQUIRE_ALL") != "1",
-    reason="a C compiler is missing",
-)
+needs_compiler = needs(traffic.compiler() or "cc")
 TINY = Plan(warm=0.05, requests=0.15, full_speed=0.1, opening=0.1, steady=0.2, probing=0.2, idle=0.2)
-
-
-def test_a_spread_is_the_median_and_the_range():
-    assert results.spread([3, 1, 8]) == Spread(3, 1, 8)
-    assert results.spread([]) is None
-    assert str(Spread(0.02781, 0.01, 123.4)) == "0.0278 (0.01-123)"
-    assert str(Spread(2, 2, 2)) == "2"
 
 
 def test_ratios_are_of_figures_of_the_same_round():
@@ -45,15 +35,6 @@ def test_goals_tell_what_is_met_what_is_not_and_what_nobody_measured():
     assert goals["CPU when idle"] is None
 
 
-def test_results_name_who_is_missing_and_leave_no_gap_in_the_table():
-    rounds = [{AIPROXY: {"small_ms": 1.5}, NGINX: {"small_ms": 0.5, "large_ms": 0.25}}]
-    text = results.text(rounds, [NGINX, AIPROXY], {"cores": "2"}, ["LiteLLM"])
-    assert "Not installed, so not in here: LiteLLM." in text
-    assert "| CPU ms a request of 1 KB | 0.5 | 1.5 |" in text
-    assert "| CPU ms a request of 300 KB | 0.25 | - |" in text
-    assert "- cores: 2" in text
-
-
 def test_cpu_time_counts_living_and_ended_descendants():
     burn = "import time\nwhile time.process_time() < {}: pass\n"
     script = f"""
@@ -70,12 +51,6 @@ input()
         assert len(processes.tree(process.pid)) == 2
         assert processes.memory_mb(process.pid) > 2
         process.stdin.close()
-
-
-def test_bodies_have_the_sizes_that_are_told_of():
-    assert 900 < len(traffic.small()) < 1024
-    assert 300_000 <= len(traffic.large()) < 305_000
-    assert traffic.large() != traffic.large()  # each is of another session
 
 
 @needs_compiler

@@ -1,29 +1,25 @@
 """The log as a file: whole lines, none lost, whatever rotates it, with several processes and a full disk."""
 
-import errno
+import itertools
 import json
 import logging
 import os
 import re
 import resource
-import signal
 import subprocess
 import sys
 import threading
-import time
-from pathlib import Path
 
 import pytest
-import yaml
-from conftest import ROOT, Served
-from fakes import HOST, RawClient, free_port
+from conftest import ROOT, serving
+from fakes import ASK, HOST, RawClient, await_that
+from in_process import client_of
 
-from aiproxy.app import create_app
-from aiproxy.config import Config, LoggingSettings, UpstreamSettings
+from aiproxy.config import LoggingSettings
 from aiproxy.observability import logs
 
-ASK = {"model": "claude-x", "max_tokens": 16, "messages": [{"role": "user", "content": "Hi"}]}
 COMPLAINT = "cannot write the log: "
+DEMO = {"upstreams": [{"name": "a", "base_url": "demo://answers"}]}
 
 
 @pytest.fixture(autouse=True)
@@ -83,78 +79,37 @@ def test_the_file_is_made_with_its_first_line_for_its_group_to_read(log_to, caps
     assert capsys.readouterr() == ("", "")
 
 
-def test_what_the_file_holds_stays(log_to):
-    for number in (1, 2):
-        file = log_to()
-        say(number)
-    assert numbers(file) == [1, 2]
+def rename(file):
+    file.rename(file.with_name("old"))
 
 
-def test_a_character_that_is_none_costs_no_line(log_to):
-    file = log_to()
-    logs.line(logging.INFO, "said", text="\ud800")
-    assert file.read_bytes().endswith(b'said text="\\ud800"\n')
-
-
-def test_after_a_rename_the_log_goes_on_in_a_new_file(log_to, tmp_path):
-    file, old = log_to(), tmp_path / "aiproxy.log.1"
-    say(1)
-    file.rename(old)
-    say(2)
-    say(3)
-    assert numbers(old) == [1]
-    assert numbers(file) == [2, 3]
-
-
-def test_after_a_removal_too(log_to):
-    file = log_to()
-    say(1)
-    file.unlink()
-    say(2)
-    assert numbers(file) == [2]
-
-
-def test_where_another_put_the_new_file_it_is_used(log_to, tmp_path):
-    file = log_to()
-    say(1)
-    file.rename(tmp_path / "old")
+def rename_and_make(file):
+    rename(file)
     file.touch(mode=0o600)
-    say(2)
-    assert numbers(file) == [2]
-    assert file.stat().st_mode & 0o777 == 0o600
 
 
-def test_a_file_that_is_copied_and_emptied_goes_on_at_its_beginning(log_to):
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda file: None, [1, 2, 3]),
+        (rename, [2, 3]),
+        (os.unlink, [2, 3]),
+        (rename_and_make, [2, 3]),
+        (lambda file: os.truncate(file, 0), [2, 3]),
+    ],
+    ids=["nothing", "renamed", "removed", "renamed and made", "emptied"],
+)
+def test_the_log_goes_on_where_it_is_whatever_was_done_to_its_file(log_to, change, found):
     file = log_to()
     say(1)
-    os.truncate(file, 0)
+    change(file)
     say(2)
-    assert numbers(file) == [2]
-
-
-def test_each_descriptor_is_given_back(log_to, tmp_path):
-    before = os.listdir("/proc/self/fd")
-    for number in range(5):
-        file = log_to()
-        say(number)
-        file.rename(tmp_path / "old")
-        say(number)
-    logs.configure(LoggingSettings())
-    assert os.listdir("/proc/self/fd") == before
-
-
-def test_a_renamed_file_has_the_lines_for_which_there_can_be_no_new_one(log_to, tmp_path, capsys):
-    file, old = log_to(), tmp_path / "old"
-    say(1)
-    file.rename(old)
-    file.mkdir()
-    say(2)
+    file = log_to()  # as another start
     say(3)
-    assert numbers(old) == [1, 2, 3]
-    assert capsys.readouterr().err == f"{COMPLAINT}Is a directory\n"
-    file.rmdir()
-    say(4)
-    assert numbers(old, file) == [1, 2, 3, 4]
+    assert numbers(file) == found
+    if change is rename:
+        assert numbers(file.with_name("old")) == [1]
+    assert file.stat().st_mode & 0o777 == (0o600 if change is rename_and_make else 0o640)
 
 
 # --------------------------------------------------------------------------------------- trouble
@@ -184,30 +139,10 @@ def test_a_directory_that_vanishes_is_told_once_a_minute_and_may_come_back(
 
 
 def test_a_full_disk_fails_no_request(capsys):
-    upstream = UpstreamSettings(name="a", base_url="demo://answers")
-    logging_ = LoggingSettings(file="/dev/full")
-    client = create_app(Config(upstreams=(upstream,), logging=logging_)).test_client()
+    client = client_of({"base_url": "demo://answers"}, logging=LoggingSettings(file="/dev/full"))
     for _ in range(3):
         assert client.post("/v1/messages", json=ASK).status_code == 200
     assert capsys.readouterr().err == f"{COMPLAINT}No space left on device\n"
-
-
-def test_a_full_disk_that_nobody_can_be_told_of_fails_nothing_either(log_to, monkeypatch):
-    log_to("/dev/full")
-
-    class Full:
-        def write(self, text):
-            raise OSError(errno.ENOSPC, "full too")
-
-    monkeypatch.setattr(sys, "stderr", Full())
-    say(1)
-
-
-def test_a_pipe_that_nobody_reads_holds_up_nothing(log_to, tmp_path, capsys):
-    os.mkfifo(tmp_path / "pipe")
-    log_to("pipe")
-    say(1)
-    assert capsys.readouterr().err.startswith(COMPLAINT)
 
 
 @pytest.mark.parametrize("emptied", [False, True])
@@ -280,6 +215,16 @@ for number in range(first, first + each):
 """
 
 
+def keep_renaming(file, go_on, every):
+    """Rename the file again and again while `go_on` says so; how often."""
+    renamed = itertools.count(1)
+    while go_on():
+        if file.exists():
+            file.rename(file.with_name(f"{file.name}.{next(renamed)}"))
+        threading.Event().wait(every)
+    return next(renamed) - 1
+
+
 def test_long_lines_of_several_processes_stay_whole_while_the_file_is_renamed(tmp_path):
     each, file = 150, tmp_path / "aiproxy.log"
     writers = [
@@ -294,36 +239,13 @@ def test_long_lines_of_several_processes_stay_whole_while_the_file_is_renamed(tm
     for writer in writers:
         writer.stdin.write(b"go\n")
         writer.stdin.flush()
-    renamed = 0
-    while any(writer.poll() is None for writer in writers):
-        if file.exists():
-            renamed += 1
-            file.rename(tmp_path / f"old-{renamed}")
-        threading.Event().wait(0.005)
+    renamed = keep_renaming(file, lambda: any(writer.poll() is None for writer in writers), every=0.005)
     assert [writer.communicate()[1] for writer in writers] == [b"", b""]
     assert renamed > 3
     assert sorted(numbers(*tmp_path.iterdir())) == list(range(each * len(writers)))
 
 
 # ------------------------------------------------------------------------------------ a server's own log
-
-
-@pytest.mark.parametrize("settings", [{"format": "json"}, {"file": "/dev/null"}], ids=["json", "file"])
-def test_a_server_s_lines_leave_standard_error_for_a_file_or_json_alone_and_may_come_back(settings):
-    server = logging.Logger("gunicorn.error")
-    theirs, elsewhere = logging.StreamHandler(), logging.NullHandler()
-    server.handlers[:] = [theirs, elsewhere]
-    logs.configure(LoggingSettings())
-    logs.adopt(server)
-    assert server.handlers == [theirs, elsewhere]
-    logs.configure(LoggingSettings(**settings))
-    for _ in range(2):
-        logs.adopt(server)
-        assert server.handlers == [elsewhere, *logging.getLogger("aiproxy").handlers]
-    server.addHandler(theirs)  # as gunicorn does at a reload
-    logs.configure(LoggingSettings())
-    logs.adopt(server)
-    assert server.handlers == [elsewhere, theirs]
 
 
 # ------------------------------------------------------------------------------------- a real gunicorn
@@ -333,23 +255,11 @@ def test_a_server_s_lines_leave_standard_error_for_a_file_or_json_alone_and_may_
 def proxy(tmp_path_factory):
     """Two workers that log into one file, as JSON."""
     home = tmp_path_factory.mktemp("logged")
-    port = free_port()
-    config = {
-        "listen": port,
-        "logging": {"format": "json", "file": "aiproxy.log"},
-        "upstreams": [{"name": "a", "base_url": "demo://answers"}],
-    }
-    path = home / "config.yaml"
-    path.write_text(yaml.safe_dump(config))
-    command = [sys.executable, "-m", "gunicorn", "wsgi:app", "--workers", "2", "--graceful-timeout", "2"]
-    served = Served(command, ROOT, {"AIPROXY_CONFIG": str(path)}, port)
-    served.home = home
-    try:
-        served.wait_until_ready()
-        wait_until(lambda: len(booted(served)) == 2)
+    config = {"logging": {"format": "json", "file": "aiproxy.log"}, **DEMO}
+    with serving(home, config, workers=2) as served:
+        served.home = home
+        await_that(lambda: len(booted(served)) == 2)
         yield served
-    finally:
-        served.stop()
 
 
 def lines_in(home):
@@ -367,13 +277,6 @@ def booted(proxy):
     return [line for line in having(proxy, "gunicorn") if line["message"].startswith("Booting worker")]
 
 
-def wait_until(is_true):
-    limit = time.monotonic() + 5
-    while not is_true():
-        assert time.monotonic() < limit
-        threading.Event().wait(0.02)
-
-
 def test_workers_lose_no_line_while_the_file_is_rotated(proxy):
     each, clients = 40, 4
     before = len(having(proxy, "done"))
@@ -387,15 +290,9 @@ def test_workers_lose_no_line_while_the_file_is_rotated(proxy):
     workers = [threading.Thread(target=work) for _ in range(clients)]
     for worker in workers:
         worker.start()
-    renamed = 0
-    while any(worker.is_alive() for worker in workers):
-        file = proxy.home / "aiproxy.log"
-        if file.exists():
-            renamed += 1
-            file.rename(proxy.home / f"aiproxy.log.{renamed}")
-        threading.Event().wait(0.05)
-    wait_until(lambda: len(having(proxy, "done")) >= before + each * clients)
-    assert renamed > 1
+    file = proxy.home / "aiproxy.log"
+    assert keep_renaming(file, lambda: any(worker.is_alive() for worker in workers), every=0.05) > 1
+    await_that(lambda: len(having(proxy, "done")) >= before + each * clients)
     for event in ("request", "attempt", "done"):
         ids = [line["id"] for line in having(proxy, event)]
         assert len(ids) == len(set(ids)) == before + each * clients
@@ -416,31 +313,18 @@ def test_what_gunicorn_says_and_how_to_try_it_stands_in_the_same_file(proxy):
     assert proxy.stderr == ""
 
 
-def test_a_reload_of_gunicorn_s_own_doubles_nothing(proxy):
-    before = len(having(proxy, "gunicorn"))
-    proxy.process.send_signal(signal.SIGHUP)
-    wait_until(lambda: len(booted(proxy)) == 4)
-    hang_ups = [line for line in having(proxy, "gunicorn")[before:] if "Hang up" in line["message"]]
-    assert len(hang_ups) == 1
-    assert len({line["message"] for line in booted(proxy)}) == 4
-    assert (proxy.stdout_lines(), proxy.stderr) == ([], "")
-
-
 def test_json_on_standard_output_holds_gunicorn_s_lines_too(serve):
-    served = serve({"logging": {"format": "json"}, "upstreams": [{"base_url": "demo://answers"}]})
+    served = serve({"logging": {"format": "json"}, **DEMO})
     served.wait_for_log("Booting worker")
     served.stop()
     events = {json.loads(line)["event"] for line in served.stdout_lines()}
-    assert events == {"gunicorn", "start"}
-    assert served.stderr == ""
+    assert (events, served.stderr) == ({"gunicorn", "start"}, "")
 
 
 def test_text_in_a_file_shows_gunicorn_s_lines_in_our_form(serve, tmp_path):
-    served = serve(
-        {"logging": {"file": str(tmp_path / "log")}, "upstreams": [{"base_url": "demo://answers"}]}
-    )
+    served = serve({"logging": {"file": str(tmp_path / "log")}, **DEMO})
     served.stop()
-    lines = Path(tmp_path / "log").read_text().splitlines()
+    lines = (tmp_path / "log").read_text().splitlines()
     assert re.fullmatch(r'20\S+Z INFO gunicorn pid=\d+ message="Starting gunicorn [0-9.]+"', lines[0])
     assert all(re.match(r"20\S+Z (INFO|WARNING) (gunicorn|start) ", line) for line in lines)
     assert (served.stdout_lines(), served.stderr) == ([], "")

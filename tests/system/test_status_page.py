@@ -2,20 +2,15 @@
 
 import base64
 import json
-import os
-import shutil
 
 import pytest
 from chromium import Chromium
-from fakes import RawClient, error
+from conftest import needs
+from fakes import ASK, RawClient, error
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("chromium") is None and os.environ.get("AIPROXY_REQUIRE_ALL") != "1",
-    reason="chromium is missing",
-)
+pytestmark = needs("chromium")
 
 KEY = "sk-test-admin"
-ASK = {"model": "claude-x", "messages": [{"role": "user", "content": "Hi"}]}
 BASIC = "Basic " + base64.b64encode(f"anyone:{KEY}".encode()).decode()
 
 

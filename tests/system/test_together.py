@@ -1,15 +1,15 @@
 """Four workers that share their state: two gunicorns of two workers and Redis, or one of four and SQLite.
 
-All real. test_state.py shows in small what they share; this is how it looks from outside.
+All real. test_shared_state.py shows in small what they share; this is how it looks from outside. A figure of
+another worker may be a second old, and any worker may answer: so one read must show all that is awaited.
 """
 
 import contextlib
-import json
+import itertools
 import os
 import resource
 import signal
 import socket
-import sys
 import threading
 import time
 from base64 import b64encode
@@ -17,26 +17,17 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import ROOT, Served
-from fakes import (
-    HOST,
-    FakeUpstream,
-    RawClient,
-    answer,
-    error,
-    events,
-    free_port,
-    message_events,
-)
-from front import Front, needs_nginx
-from redis_server import RedisServer, needs_redis
+from conftest import begin_to_serve, needs
+from fakes import ASK, HOST, SPOKEN, STREAM, FakeUpstream, RawClient, answer, await_that, error, events
+from front import Front
+from redis_server import RedisServer
 
-pytestmark = needs_redis
+pytestmark = needs("redis-server")
 
 ADMIN = "sk-test-admin-000000"
-ASK = {"model": "claude-x", "max_tokens": 9, "messages": [{"role": "user", "content": "Hi"}]}
 COOLDOWN = 1.0
 BASIC = ("authorization", "Basic " + b64encode(f"x:{ADMIN}".encode()).decode())
+KEY = ("x-api-key", "sk-test-client-0000")
 
 
 class Upstream:
@@ -52,8 +43,7 @@ class Upstream:
         if self.down.is_set():
             error(500)(wire, seen)
         elif seen.json().get("stream"):
-            spoken = message_events(["one", "two"])
-            events([*spoken[:4], self.go_on, *spoken[4:]])(wire, seen)
+            events([*SPOKEN[:4], self.go_on, *SPOKEN[4:]])(wire, seen)
         else:
             answer()(wire, seen)
 
@@ -62,7 +52,6 @@ class Cluster:
     """Two gunicorns of two workers, or one of four without `redis`; `ask` sends a request to one of them."""
 
     def __init__(self, folder, upstreams, redis=None, database=0, **settings):
-        self.folder = folder
         config = {
             "state": f"redis://{HOST}:{redis.port}/{database}" if redis else "local",
             "admin_key": ADMIN,
@@ -75,26 +64,18 @@ class Cluster:
             **settings,
         }
         self.redis = redis
-        self.served = []
-        for number in (1, 2) if redis else (1,):
-            port = free_port()
-            path = folder / f"config-{number}.yaml"
-            path.write_text(json.dumps({"listen": port, **config}))
-            command = [sys.executable, "-m", "gunicorn", "--graceful-timeout", "5"]
-            command += ["--workers", "2" if redis else "4"]
-            environment = {"PATH": os.environ["PATH"], "AIPROXY_CONFIG": str(path)}
-            environment["TMPDIR"] = str(folder)
-            self.served.append(Served([*command, "wsgi:app"], ROOT, environment, port))
+        self.answered = 0
+        self._lock = threading.Lock()
+        workers = 2 if redis else 4
+        options = {"gunicorn_args": ["--graceful-timeout", "5"], "env": {"TMPDIR": str(folder)}}
+        self.served = [
+            begin_to_serve(folder / f"config-{n}.yaml", config, workers=workers, wait=False, **options)
+            for n in range(4 // workers)
+        ]
         for one in self.served:
             one.wait_until_ready()
-        self.await_joined(2 if redis else 4)
-
-    def await_joined(self, times):
-        """Each worker of both has reached the server so many times in all, counted by gunicorn."""
-        limit = time.monotonic() + 10
-        while any(self.count(one, "result=joined") < times for one in self.served):
-            assert time.monotonic() < limit, [one.stdout_lines() for one in self.served]
-            threading.Event().wait(0.02)
+        # Each worker of both has reached the store.
+        await_that(lambda: all(self.count(one, "result=joined") == workers for one in self.served), limit=20)
 
     def count(self, one, text):
         return sum(text in line for line in one.stdout_lines())
@@ -102,16 +83,19 @@ class Cluster:
     def ask(self, number=0, body=ASK):
         """The answer's status and the upstream that gave it, and the seconds that it took."""
         began = time.monotonic()
-        with RawClient.to(self.served[number % len(self.served)].url, timeout=10) as client:
+        with RawClient.to(self.served[number % len(self.served)].url) as client:
             client.post(body)
             got = client.read()
+        with self._lock:
+            self.answered += got.status == 200
         return got.status, got.header("x-aiproxy-upstream"), time.monotonic() - began
 
-    def at_once(self, requests, clients):
-        """So many requests by so many clients, to both in turn: how often which outcome, the slowest."""
+    def at_once(self, requests, clients, body=ASK):
+        """So many requests by so many clients, to both in turn: how often which outcome, and the seconds."""
+        began = time.monotonic()
         with ThreadPoolExecutor(clients) as pool:
-            found = list(pool.map(self.ask, range(requests)))
-        return Counter(each[:2] for each in found), max(each[2] for each in found)
+            found = list(pool.map(self.ask, range(requests), itertools.repeat(body)))
+        return Counter(each[:2] for each in found), time.monotonic() - began
 
     def status(self, number=0):
         with RawClient.to(self.served[number].url) as client:
@@ -119,22 +103,16 @@ class Cluster:
             return client.read().json()
 
     def press(self, action, upstream="a"):
-        one = self.served[0]
-        with RawClient.to(one.url) as client:
+        with RawClient.to(self.served[0].url) as client:
             form = f"upstream={upstream}&action={action}".encode()
-            headers = [BASIC, ("origin", f"http://127.0.0.1:{one.port}"), ("host", f"127.0.0.1:{one.port}")]
-            client.send(
-                b"POST /status HTTP/1.1\r\n"
-                + "".join(f"{name}: {value}\r\n" for name, value in headers).encode()
-                + b"content-length: %d\r\n\r\n%b" % (len(form), form)
-            )
+            client.request("POST", "/status", form, [BASIC, ("origin", f"http://{HOST}")])
             assert client.read().status == 303
 
     def close(self):
         for one in self.served:
-            one.ask_to_quit()
+            one.ask_to_stop()
         for one in self.served:
-            one.quit()
+            one.stop()
 
 
 @pytest.fixture(scope="module")
@@ -188,20 +166,23 @@ def views(cluster, upstream="a"):
     return {state for state, count in found.items() if count} if sum(found.values()) == 4 else {"unclear"}
 
 
-def await_that(condition, limit=5.0):
-    ends = time.monotonic() + limit
-    while not condition():
-        assert time.monotonic() < ends, "it did not become true"
-        threading.Event().wait(0.02)
+def answers_by_machine(cluster, model):
+    """How many answers for that model /metrics of the last gunicorn shows, by the machine's port."""
+    found = Counter()
+    for line in metrics(cluster, -1):
+        if line.startswith("aiproxy_requests_total{") and f'model="{model}"' in line:
+            machine = line.partition('machine="')[2].partition('"')[0]
+            found[machine.rpartition(":")[2]] += float(line.rpartition(" ")[2])
+    return found
 
 
 def test_a_dead_upstream_is_asked_three_times_and_what_was_in_flight_by_all_together(cluster, upstreams):
     upstreams.down.set()
     before = len(upstreams.a.seen)
     clients = 12
-    outcomes, _ = cluster.at_once(120, clients)
+    outcomes, seconds = cluster.at_once(120, clients)
     assert outcomes == {(200, "b"): 120}
-    assert len(upstreams.a.seen) - before <= 3 + clients
+    assert len(upstreams.a.seen) - before <= 3 + clients + int(seconds / COOLDOWN)  # one trial a cooldown
 
 
 def test_one_of_fifty_requests_at_a_time_is_the_trial_and_success_is_known_to_all(cluster, upstreams):
@@ -209,55 +190,41 @@ def test_one_of_fifty_requests_at_a_time_is_the_trial_and_success_is_known_to_al
     cluster.at_once(12, 4)
     await_that(lambda: views(cluster) == {"half_open"})
     before = len(upstreams.a.seen)
-    outcomes, _ = cluster.at_once(50, 50)
+    outcomes, seconds = cluster.at_once(50, 50)
     assert outcomes == {(200, "b"): 50}
-    assert len(upstreams.a.seen) - before == 1
+    assert 1 <= len(upstreams.a.seen) - before <= 1 + int(seconds / COOLDOWN)
     upstreams.down.clear()
     await_that(lambda: views(cluster) == {"half_open"})
     await_that(lambda: cluster.ask()[1] == "a" or cluster.ask(1)[1] == "a")
-    await_that(lambda: views(cluster) == {"closed"}, limit=2.0)
+    await_that(lambda: views(cluster) == {"closed"})
 
 
 def test_the_page_of_one_shows_the_traffic_of_all(cluster):
-    threading.Event().wait(1.1)
-    before = {row["name"]: row["answers"] for row in cluster.status()["upstreams"]}
     cluster.at_once(40, 4)
+    ports = {str(one.port) for one in cluster.served}
 
-    def answers():
-        return sum(row["answers"] for row in cluster.status(-1)["upstreams"])
+    def shows_all():
+        status = cluster.status(-1)
+        assert status["problem"] is None
+        return (
+            sum(row["answers"] for row in status["upstreams"]) == cluster.answered
+            and len({each["worker"] for each in status["workers"]}) == 4
+            and {each["server"].rpartition(":")[2] for each in status["workers"]} == ports
+            and status["silent"] == []
+        )
 
-    await_that(lambda: answers() == sum(before.values()) + 40, limit=2.0)
-    status = cluster.status(-1)
-    assert len({each["worker"] for each in status["workers"]}) == 4
-    ports = {each["server"].rpartition(":")[2] for each in status["workers"]}
-    assert ports == {str(one.port) for one in cluster.served}
-    assert (status["silent"], status["problem"]) == ([], None)
+    await_that(shows_all)
 
 
 def test_the_metrics_of_one_are_the_sum_of_all_each_machine_named(cluster):
-    def answered():
-        found = [line for line in metrics(cluster, -1) if line.startswith("aiproxy_requests_total{")]
-        counts = {line.partition('machine="')[2].partition('"')[0]: 0.0 for line in found}
-        for line in found:
-            counts[line.partition('machine="')[2].partition('"')[0]] += float(line.rpartition(" ")[2])
-        return counts
-
-    cluster.at_once(4, 2)
-    threading.Event().wait(1.1)
-    before = answered()
-    cluster.at_once(40, 4)
-    await_that(lambda: sum(answered().values()) == sum(before.values()) + 40, limit=2.0)
-    after = answered()
-    if cluster.redis is None:
-        assert list(after) == [""]
-        return
-    assert {name.rpartition(":")[2] for name in after} == {str(one.port) for one in cluster.served}
-    assert [after[name] - before[name] for name in after] == [20, 20]
+    cluster.at_once(40, 4, {**ASK, "model": "claude-summed"})
+    expected = {str(one.port): 20 for one in cluster.served} if cluster.redis else {"": 40}
+    await_that(lambda: answers_by_machine(cluster, "claude-summed") == expected)
 
 
 def test_a_drained_upstream_is_asked_by_nobody(cluster, upstreams):
     cluster.press("drain")
-    await_that(lambda: views(cluster) == {"draining"}, limit=2.0)
+    await_that(lambda: views(cluster) == {"draining"})
     before = len(upstreams.a.seen)
     outcomes, _ = cluster.at_once(40, 4)
     assert outcomes == {(200, "b"): 40}
@@ -290,11 +257,17 @@ class Load:
             status, _, seconds = self._cluster.ask(number)
             self.outcomes[status] += 1
             self.slowest = max(self.slowest, seconds)
-            threading.Event().wait(0.01)
+            self._over.wait(0.01)
+
+    def go_on(self):
+        """Wait until so many more have their answers."""
+        until = self.outcomes.total() + 40
+        await_that(lambda: self.outcomes.total() >= until)
 
     def __enter__(self):
         for thread in self._threads:
             thread.start()
+        self.go_on()
         return self
 
     def __exit__(self, *_):
@@ -305,18 +278,19 @@ class Load:
 
 def test_a_worker_that_was_killed_has_counted(cluster):
     def answered():
-        return sum(float(line.split()[-1]) for line in metrics(cluster) if "requests_total{" in line)
+        return answers_by_machine(cluster, "claude-killed").total()
 
-    cluster.at_once(40, 4)
-    threading.Event().wait(1.2)
-    before = answered()
-    pid = cluster.served[0].workers()[0]
-    os.kill(pid, signal.SIGKILL)
-    await_that(lambda: pid not in cluster.served[0].workers())
-    threading.Event().wait(6.0)  # until its row counts as that of an ended worker
-    assert answered() == before
-    await_that(lambda: len(cluster.status()["workers"]) == 4)
-    assert cluster.status()["silent"] == []
+    def names():
+        return {each["worker"] for each in cluster.status()["workers"]}
+
+    cluster.at_once(40, 4, {**ASK, "model": "claude-killed"})
+    await_that(lambda: answered() == 40)
+    before = names()
+    os.kill(cluster.served[0].workers()[0], signal.SIGKILL)
+    # Its row counts as that of an ended worker after some seconds, and another has taken its place.
+    await_that(lambda: len(names()) == 4 and names() != before, limit=20)
+    await_that(lambda: cluster.status()["silent"] == [], limit=20)
+    await_that(lambda: answered() == 40)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -338,49 +312,49 @@ def test_several_workers_keep_their_files_in_the_runtime_directory(tmp_path, ups
 @pytest.mark.parametrize("how", ["delete", "fill"])
 def test_the_files_go_and_come_back_under_load_without_one_failed_request(tmp_path, upstreams, how):
     upstreams.down.set()
-    one = Cluster(tmp_path, {"a": upstreams.a, "b": upstreams.b})
-    with contextlib.closing(one):
+    with contextlib.closing(Cluster(tmp_path, {"a": upstreams.a, "b": upstreams.b})) as one:
         (directory,) = tmp_path.glob("aiproxy-*/state")
         assert directory.stat().st_mode & 0o777 == 0o700
         with Load(one) as load:
-            threading.Event().wait(0.3)
             if how == "delete":
                 for path in directory.iterdir():
                     path.unlink()
             else:
-                for pid in one.served[0].workers():
-                    resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, -1))
+                limit_files(one, 0)
             await_that(lambda: sum(lost(one)) == 4)
-            threading.Event().wait(0.5)
-            for pid in one.served[0].workers():
-                resource.prlimit(pid, resource.RLIMIT_FSIZE, (-1, -1))
+            load.go_on()
+            limit_files(one, -1)
             await_that(lambda: sum(joined(one)) >= 8)
         assert set(load.outcomes) == {200}
-        assert load.slowest < 1.0
+        assert load.slowest < 2
         assert sum(lost(one)) == 4, "each logs it once"
-        assert len(one.status()["workers"]) == 4
+        await_that(lambda: len(one.status()["workers"]) == 4)
         assert one.count(one.served[0], "Traceback") == 0
 
 
+def limit_files(cluster, size):
+    """Let the workers' files grow to so many bytes, as a full disk would."""
+    for pid in cluster.served[0].workers():
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (size, -1))
+
+
 @pytest.mark.parametrize("how", ["kill", "pause"])
+@pytest.mark.parametrize("whole", ["redis"], indirect=True)
 def test_the_server_goes_and_comes_back_under_load_without_one_failed_request(cluster, upstreams, how):
-    if cluster.redis is None:
-        return
-    before = [sum(lost(cluster)), sum(joined(cluster))]
+    before = sum(lost(cluster)), sum(joined(cluster))
     with Load(cluster) as load:
         upstreams.down.set()  # so that there are changes to report
-        threading.Event().wait(0.2)
+        load.go_on()
         getattr(cluster.redis, how)()
         await_that(lambda: sum(lost(cluster)) == before[0] + 4)
         upstreams.down.clear()
-        threading.Event().wait(0.5)
+        load.go_on()
         upstreams.down.set()
         {"kill": cluster.redis.start, "pause": cluster.redis.resume}[how]()
         await_that(lambda: sum(joined(cluster)) == before[1] + 4)
-        threading.Event().wait(0.5)
+        load.go_on()
     assert set(load.outcomes) == {200}
-    assert sum(load.outcomes.values()) > 50
-    assert load.slowest < 1.0
+    assert load.slowest < 2
     assert sum(lost(cluster)) == before[0] + 4, "each logs it once"
     cluster.press("close")
     await_that(lambda: views(cluster) == {"closed"})
@@ -390,28 +364,27 @@ def test_the_server_goes_and_comes_back_under_load_without_one_failed_request(cl
 
 
 def refuses(port):
-    try:
-        socket.create_connection((HOST, port), 1).close()
-    except OSError:
-        return True
-    return False
+    with socket.socket() as sock:
+        return sock.connect_ex((HOST, port)) != 0
 
 
-@needs_nginx
+@contextlib.contextmanager
+def behind_nginx(folder, upstreams, redis, database):
+    """Two machines, and nginx in front of them."""
+    upstreams.down.clear()
+    machines = Cluster(folder, {"a": upstreams.a}, redis, database, api_keys=[KEY[1]])
+    ports = tuple(one.port for one in machines.served)
+    with contextlib.closing(machines), Front(folder / "nginx", ports, several_machines=True) as front:
+        yield machines, front
+
+
+@needs("nginx")
 def test_behind_nginx_a_machine_that_is_killed_takes_only_its_own_streams_with_it(tmp_path, upstreams, redis):
     upstreams.go_on.clear()
-    upstreams.down.clear()
-    machines = Cluster(tmp_path, {"a": upstreams.a}, redis, 1, api_keys=["sk-test-client-0000"])
-    key = ("x-api-key", "sk-test-client-0000")
-    ports = tuple(one.port for one in machines.served)
-    with (
-        contextlib.closing(machines),
-        Front(tmp_path / "nginx", ports, several_machines=True) as front,
-        contextlib.ExitStack() as stack,
-    ):
+    with behind_nginx(tmp_path, upstreams, redis, 1) as (machines, front), contextlib.ExitStack() as stack:
         clients = [stack.enter_context(front.client()) for _ in range(12)]
         for client in clients:
-            client.post({**ASK, "stream": True}, headers=[key])
+            client.post(STREAM, headers=[KEY])
         streams = [client.answer() for client in clients]
         assert {stream.status for stream in streams} == {200}
         dead, alive = machines.served
@@ -419,52 +392,39 @@ def test_behind_nginx_a_machine_that_is_killed_takes_only_its_own_streams_with_i
             os.kill(pid, signal.SIGKILL)
         await_that(lambda: refuses(dead.port))
         upstreams.go_on.set()
-        endings = Counter()
-        for stream in streams:
-            stream.read()
-            endings[stream.ending == "end" and b"message_stop" in stream.body] += 1
-        assert endings == {True: 6, False: 6}
+        ended_well = [b"message_stop" in stream.read().body and stream.ending == "end" for stream in streams]
+        assert Counter(ended_well) == {True: 6, False: 6}
         for _ in range(20):
             with front.client() as client:
-                client.post(ASK, headers=[key])
+                client.post(ASK, headers=[KEY])
                 assert client.read().status == 200
         assert alive.process.poll() is None
-        await_that(lambda: len(machines.status(1)["silent"]) == 2, limit=7.0)
+        await_that(lambda: len(machines.status(1)["silent"]) == 2, limit=15)
 
 
-@needs_nginx
+@needs("nginx")
 def test_a_machine_that_is_stopped_loses_nothing_on_kept_connections(tmp_path, upstreams, redis):
-    upstreams.go_on.set()
-    upstreams.down.clear()
-    machines = Cluster(tmp_path, {"a": upstreams.a}, redis, 2, api_keys=["sk-test-client-0000"])
-    key = ("x-api-key", "sk-test-client-0000")
-    ports = tuple(one.port for one in machines.served)
-    outcomes = Counter()
-    over = threading.Event()
+    outcomes, over = Counter(), threading.Event()
 
     def keep_asking(client):
         while not over.is_set():
-            client.post(ASK, headers=[key])
+            client.post(ASK, headers=[KEY])
             outcomes[client.read().status] += 1
-            threading.Event().wait(0.005)
+            over.wait(0.005)
 
-    with (
-        contextlib.closing(machines),
-        Front(tmp_path / "nginx", ports, several_machines=True) as front,
-        contextlib.ExitStack() as stack,
-    ):
+    with behind_nginx(tmp_path, upstreams, redis, 2) as (machines, front), contextlib.ExitStack() as stack:
         clients = [stack.enter_context(front.client()) for _ in range(6)]
         threads = [threading.Thread(target=keep_asking, args=[client]) for client in clients]
         for thread in threads:
             thread.start()
-        threading.Event().wait(0.5)
+        await_that(lambda: outcomes.total() > 100)
         machines.served[0].ask_to_stop()
         assert machines.served[0].wait_exit() == 0
-        status = machines.status(1)
-        assert (len(status["workers"]), status["silent"]) == (2, [])
-        threading.Event().wait(0.3)
+        await_that(lambda: len(machines.status(1)["workers"]) == 2)
+        assert machines.status(1)["silent"] == []
+        asked = outcomes.total()
+        await_that(lambda: outcomes.total() > asked + 50)
         over.set()
         for thread in threads:
             thread.join()
     assert set(outcomes) == {200}
-    assert outcomes[200] > 100

@@ -7,20 +7,18 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from accounts import Account
-from conftest import ROOT, Output, Served
-from fakes import HOST, answer, close_now, error, events, free_port, message_events, tool_use, whole
+from conftest import NOTHING_IS_SKIPPED, Output, serving
+from fakes import HOST, SPOKEN, answer, close_now, error, events, free_port, whole
 
 HERE = Path(__file__).parents[1] / "typescript"
 READY = shutil.which("node") is not None and (HERE / "node_modules").is_dir()
 
 pytestmark = pytest.mark.skipif(
-    not READY and os.environ.get("AIPROXY_REQUIRE_ALL") != "1",
+    not READY and not NOTHING_IS_SKIPPED,
     reason="Node is missing, or `make test` has not installed tests/typescript",
 )
 
@@ -32,51 +30,37 @@ def ports():
 
 
 @pytest.fixture(scope="module")
-def proxy(tmp_path_factory, ports):
-    models = {"a": ["claude-x"], "b": ["claude-x"], "c": ["claude-whole"]}
-    config = {
-        "listen": free_port(),
-        "breaker": {"failures": 10**6, "cooldown": 0},
-        "upstreams": [
-            {
-                "name": name,
-                "base_url": f"http://{HOST}:{port}",
-                "token": f"sk-test-{name}",
-                "weight": 1000 if name == "a" else 1,
-                "available_models": models[name],
-                "must_stream": name == "c",
-            }
-            for name, port in ports.items()
-        ],
-    }
-    path = tmp_path_factory.mktemp("typescript") / "config.yaml"
-    path.write_text(yaml.safe_dump(config), encoding="utf-8")
-    command = [sys.executable, "-m", "gunicorn", "wsgi:app", "--graceful-timeout", "2"]
-    served = Served(command, ROOT, {"AIPROXY_CONFIG": str(path)}, config["listen"])
-    try:
-        served.wait_until_ready()
-        yield served
-    finally:
-        served.quit()
-
-
-@pytest.fixture(scope="module")
-def run(proxy):
+def run(tmp_path_factory, ports):
     """Run one scenario of client.mjs through the proxy."""
-    with subprocess.Popen(
-        ["node", str(HERE / "client.mjs"), proxy.url],
-        env={"PATH": os.environ["PATH"]},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        encoding="utf-8",
-    ) as node:
+    upstreams = [
+        {
+            "name": name,
+            "base_url": f"http://{HOST}:{port}",
+            "token": f"sk-test-{name}",
+            "weight": 1000 if name == "a" else 1,
+            "available_models": ["claude-whole" if name == "c" else "claude-x"],
+            "must_stream": name == "c",
+        }
+        for name, port in ports.items()
+    ]
+    config = {"breaker": {"failures": 10**6, "cooldown": 0}, "upstreams": upstreams}
+    with (
+        serving(tmp_path_factory.mktemp("typescript"), config) as proxy,
+        subprocess.Popen(
+            ["node", str(HERE / "client.mjs"), proxy.url],
+            env={"PATH": os.environ["PATH"]},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            encoding="utf-8",
+        ) as node,
+    ):
         told = Output(node.stdout)
 
         def go(scenario, model="claude-x"):
             before = len(told.lines())
             node.stdin.write(f"{scenario} {model}\n")
             node.stdin.flush()
-            return json.loads(told.wait_for("^{.*}$", 30, before)[0])
+            return json.loads(told.wait_for("^{.*}$", 60, before)[0])
 
         yield go
         node.stdin.close()
@@ -100,7 +84,7 @@ def test_a_message_is_created_though_the_first_upstream_fails(run, at):
 
 
 def test_a_stream_arrives_live(run, at):
-    paced = [each for one in message_events(["one ", "two ", "three"]) for each in (one, 0.1)]
+    paced = [each for one in SPOKEN for each in (one, 0.1)]
     at("a", close_now())
     at("b", events(paced))
     done = run("stream")["done"]
@@ -108,13 +92,6 @@ def test_a_stream_arrives_live(run, at):
     assert [text for text, _ in done["arrivals"]] == ["one ", "two ", "three"]
     times = [at for _, at in done["arrivals"]]
     assert times[2] - times[0] > 100  # milliseconds; in one piece they would come together
-
-
-def test_tool_input_is_put_together(run, at):
-    at("a", answer("x", tool=tool_use()))
-    content = run("stream")["done"]["message"]["content"]
-    assert content[-1]["type"] == "tool_use"
-    assert content[-1]["input"] == tool_use()["input"]
 
 
 def test_an_upstream_that_must_stream_answers_whole(run, at):
@@ -137,11 +114,8 @@ def test_the_tool_runner_s_threads_work_over_two_accounts(run, at):
     ("status", "kind"),
     [
         (400, "BadRequestError"),
-        (403, "PermissionDeniedError"),
         (404, "NotFoundError"),
-        (413, "ContentTooLargeError"),
         (429, "RateLimitError"),
-        (500, "InternalServerError"),
         (529, "OverloadedError"),
     ],
 )
@@ -157,15 +131,9 @@ def test_errors_are_the_right_class_and_unmodified(run, at, status, kind):
 
 @pytest.mark.parametrize("scenario", ["stream", "events"])
 def test_a_stream_that_breaks_is_an_error_and_no_message(run, at, scenario):
-    at("a", events(message_events(["one", "two"])[:5], then="cut"))
+    at("a", events(SPOKEN[:5], then="cut"))
     failed = run(scenario)["failed"]
     assert "broke off" in json.dumps(failed)
-
-
-def test_no_upstream_at_all_is_a_server_error(run, at):
-    at("a", close_now())
-    failed = run("create")["failed"]
-    assert (failed["kind"], failed["status"]) == ("InternalServerError", 502)
 
 
 def test_models_are_listed_page_by_page(run, at):

@@ -7,34 +7,32 @@ gunicorn on a unix socket, and a real forward proxy: tinyproxy.
 import base64
 import contextlib
 import os
-import shutil
-import signal
 import socket
 import ssl
 import subprocess
-import sys
 import threading
 import time
 
 import pytest
 import trustme
-import yaml
-from clients import Leaving, unwatched
-from conftest import ROOT, Served
+from clients import ask, begin, failure
+from conftest import needs, serving
 from fakes import (
+    ASK,
     HOST,
     LOOPBACK_CERT,
+    SPOKEN,
+    STREAM,
     FakeUpstream,
     RawClient,
+    await_that,
     blackhole,
     close_now,
     dead_port,
     error,
     events,
     free_port,
-    hang,
     loopback_tls,
-    message_events,
     message_json,
     raw,
     whole,
@@ -43,24 +41,8 @@ from fakes import (
 from aiproxy.app import create_app
 from aiproxy.config import Config, UpstreamSettings
 from aiproxy.policy import Fault
-from aiproxy.transport.failures import TransportError
-from aiproxy.transport.session import Outgoing
 
 MESSAGE = message_json()
-ASK = {"model": "claude-x", "max_tokens": 9, "messages": [{"role": "user", "content": "Hi"}]}
-TOKEN = ("x-api-key", "sk-test-a")
-NEEDS_TINYPROXY = pytest.mark.skipif(
-    shutil.which("tinyproxy") is None and os.environ.get("AIPROXY_REQUIRE_ALL") != "1",
-    reason="tinyproxy is missing",
-)
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory):
-    """The file that makes the fakes' certificates verify."""
-    path = tmp_path_factory.mktemp("ca") / "ca.pem"
-    path.write_text(LOOPBACK_CERT)
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -71,32 +53,11 @@ def other_bundle(tmp_path_factory):
     return str(path)
 
 
-def begin(transport, url, proxy=None, ca_bundle=None, path="/v1/messages"):
-    """A response whose head has come."""
-    return transport.send(Outgoing("POST", url + path, [TOKEN], b"{}", proxy, ca_bundle), unwatched())
-
-
-def ask(*args, **options):
-    """The whole body of an answer."""
-    call = begin(*args, **options)
-    try:
-        return b"".join(call.pieces())
-    finally:
-        call.close()
-
-
-def failure(*args, **options):
-    """What went wrong on the way to the end of an answer."""
-    with pytest.raises(TransportError) as failed:
-        ask(*args, **options)
-    return failed.value
-
-
 def tunnel_to(port):
     """A reply to CONNECT: open a tunnel to that port, until either side closes its end."""
 
     def reply(wire, seen):
-        client = wire._connection
+        client = wire.connection
         with socket.create_connection((HOST, port)) as upstream:
             wire.send(b"HTTP/1.1 200 Connection established\r\n\r\n")
             back = threading.Thread(target=_copy, args=(lambda: upstream.recv(65536), client.sock))
@@ -117,17 +78,19 @@ def _copy(recv, to):
 # ---------------------------------------------------------------- a forward proxy, as the transport sees it
 
 
-def test_a_plain_request_goes_to_the_forward_proxy_in_absolute_form(transport, upstream):
+def test_a_plain_request_goes_to_the_forward_proxy_in_absolute_form_its_name_not_looked_up(
+    transport, upstream
+):
     egress = upstream()
     path = "/prefix/v1/messages?beta=true&x=a%20b+c%2F&z=%C3%A9"
-    assert ask(transport, "http://api.example.com:8000", egress.url, path=path) == MESSAGE
+    assert ask(transport, "http://api.invalid:8000", proxy=egress.url, path=path) == MESSAGE
     (seen,) = egress.seen
-    assert (seen.method, seen.target) == ("POST", f"http://api.example.com:8000{path}")
+    assert (seen.method, seen.target) == ("POST", f"http://api.invalid:8000{path}")
     assert sorted((name.lower(), value) for name, value in seen.headers) == [
         ("accept-encoding", "identity"),
         ("content-length", "2"),
-        ("host", "api.example.com:8000"),
-        TOKEN,
+        ("host", "api.invalid:8000"),
+        ("x-api-key", "sk-test-a"),
     ]
 
 
@@ -136,119 +99,36 @@ def test_a_plain_request_goes_to_the_forward_proxy_in_absolute_form(transport, u
     [
         ("user:hunter2", "user:hunter2"),
         ("us%40er:p%3Aw%2F%23%25%20!", "us@er:p:w/#% !"),
-        ("user:a:b", "user:a:b"),
-        ("user:p%C3%A9%E9%9F%B3", "user:pé音"),
         ("user", "user:"),
     ],
 )
 def test_the_forward_proxy_gets_the_password_that_is_meant(transport, upstream, bundle, written, sent):
     egress = upstream(whole(200, MESSAGE), error(403))
     proxy = egress.url.replace("//", f"//{written}@")
-    ask(transport, "http://api.example.com", proxy)
-    failure(transport, "https://api.example.com", proxy)
+    ask(transport, "http://api.example.com", proxy=proxy)
+    failure(transport, "https://api.example.com", proxy=proxy)
     expected = "Basic " + base64.b64encode(sent.encode()).decode()
     assert [seen.every("proxy-authorization") for seen in egress.seen] == [[expected]] * 2
 
 
-def test_an_upstream_under_tls_is_reached_through_a_tunnel_that_shows_no_token(transport, upstream, bundle):
-    a = upstream(tls=loopback_tls())
-    egress = upstream(default=tunnel_to(a.port))
-    proxy = egress.url.replace("//", "//user:hunter2@")
-    assert [ask(transport, a.url, proxy, bundle) for _ in range(3)] == [MESSAGE] * 3
-    (connect,) = egress.seen  # the tunnel is kept
-    assert (connect.method, connect.target) == ("CONNECT", f"{HOST}:{a.port}")
-    # Python 3.12 and later send a `Host` as well.
-    assert {name.lower() for name, _ in connect.headers} - {"host"} == {"proxy-authorization"}
-    assert [seen.target for seen in a.seen] == ["/v1/messages"] * 3
-    assert [(seen.header("proxy-authorization"), seen.header("x-api-key")) for seen in a.seen] == [
-        (None, "sk-test-a")
-    ] * 3
-
-
-@pytest.mark.parametrize(
-    ("url", "host"),
-    [
-        ("https://localhost", "localhost"),
-        ("https://localhost:80", "localhost:80"),
-        ("https://[::1]", "[::1]"),
-        ("https://[::1]:8443", "[::1]:8443"),
-    ],
-)
-def test_an_upstream_gets_the_same_host_directly_and_through_a_tunnel(
-    transport, upstream, tmp_path, monkeypatch, url, host
-):
-    authority, context = trustme.CA(), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert("localhost", "::1").configure_cert(context)
-    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
-    a = upstream(tls=context)
-    egress = upstream(tunnel_to(a.port))
-    for port, proxy in ((a.port, None), (egress.port, "http://egress.test")):
-        place = (socket.AF_INET, socket.SOCK_STREAM, 6, "", (HOST, port))
-        monkeypatch.setattr("aiproxy.transport.resolver.Resolver.resolve", lambda *_, place=place: [place])
-        assert ask(transport, url, proxy, str(tmp_path / "ca.pem")) == MESSAGE
-    assert [request.every("host") for request in a.seen] == [[host]] * 2
-
-
-def test_connections_to_a_forward_proxy_send_at_once_and_are_kept_alive_by_tcp(
-    transport, upstream, monkeypatch
-):
-    made = []
-    monkeypatch.setattr(
-        "aiproxy.transport.wait.WatchedSocket.setsockopt", lambda _, *option: made.append(option)
-    )
-    ask(transport, "http://a", upstream().url)
-    assert {
-        (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1),
-        (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
-    } <= set(made)
-
-
-def test_calls_through_a_forward_proxy_and_direct_ones_share_no_connection(transport, upstream):
-    a, egress = upstream(), upstream()
-    for proxy in (None, egress.url, None, egress.url):
-        ask(transport, a.url, proxy)
-    assert [len(a.seen), len(egress.seen), a.connections, egress.connections] == [2, 2, 1, 1]
-
-
-def test_a_dead_tunnel_is_stale_and_a_new_one_is_made(transport, upstream, bundle):
+def test_a_kept_connection_or_tunnel_that_is_dead_is_stale_and_a_new_one_is_made(transport, upstream, bundle):
     a = upstream(whole(200, MESSAGE), close_now(), tls=loopback_tls())
-    egress = upstream(default=tunnel_to(a.port))
-    ask(transport, a.url, egress.url, bundle)
-    failed = failure(transport, a.url, egress.url, bundle)
-    assert (failed.fault, failed.is_stale) == (Fault.BROKEN, True)
-    fresh = transport.send(Outgoing("POST", a.url, [], b"{}", egress.url, bundle), unwatched(), is_fresh=True)
-    assert b"".join(fresh.pieces()) == MESSAGE
-    assert [seen.method for seen in egress.seen] == ["CONNECT"] * 2
-
-
-def test_a_dead_kept_connection_to_a_forward_proxy_is_stale(transport, upstream):
-    egress = upstream(whole(200, MESSAGE), close_now())
-    ask(transport, "http://a", egress.url)
-    failed = failure(transport, "http://a", egress.url)
-    assert (failed.fault, failed.is_stale) == (Fault.BROKEN, True)
-
-
-@pytest.mark.parametrize("tls", [False, True])
-def test_leaving_ends_a_request_through_a_forward_proxy(transport, upstream, bundle, tls):
-    a = upstream(hang(), tls=loopback_tls() if tls else None)
-    egress = upstream(default=tunnel_to(a.port)) if tls else a
-    outgoing = Outgoing("POST", a.url, [], b"{}", egress.url, bundle)
-    with Leaving() as client:
-        threading.Thread(target=lambda: (a.wait_for(1), client.leave())).start()
-        began = time.monotonic()
-        with pytest.raises(TransportError) as failed:
-            transport.send(outgoing, client.wait)
-    assert time.monotonic() - began < 1
-    assert failed.value.fault is Fault.CLIENT_LEFT
-    a.wait_left()
+    tunnel = upstream(default=tunnel_to(a.port))
+    plain = upstream(whole(200, MESSAGE), close_now())
+    for url, egress in ((a.url, tunnel), ("http://a", plain)):
+        ask(transport, url, proxy=egress.url, ca_bundle=bundle)
+        failed = failure(transport, url, proxy=egress.url, ca_bundle=bundle)
+        assert (failed.fault, failed.is_stale) == (Fault.BROKEN, True)
+        assert ask(transport, url, proxy=egress.url, ca_bundle=bundle) == MESSAGE
+        assert egress.connections == 2
 
 
 @pytest.mark.parametrize("says", [b"", b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\n\r\n"])
 def test_the_connect_timeout_bounds_the_tunnel_and_what_follows_in_it(impatient, upstream, says):
     egress = upstream(raw(says, then="hang"))
     began = time.monotonic()
-    failed = failure(impatient, f"https://{HOST}:1", egress.url)
-    assert 0.14 <= time.monotonic() - began < 2
+    failed = failure(impatient, f"https://{HOST}:1", proxy=egress.url)
+    assert 0.14 <= time.monotonic() - began < 5
     by_proxy = "" if says.endswith(b"\r\n\r\n") else "the forward proxy failed: "
     assert (failed.fault, failed.detail) == (Fault.CONNECT, f"{by_proxy}no connection in time")
 
@@ -257,104 +137,68 @@ def test_the_connect_timeout_bounds_the_tunnel_and_what_follows_in_it(impatient,
     ("said", "told"),
     [
         ("407 Proxy Authentication Required", "407 Proxy Authentication Required"),
-        ("407", "407 Proxy Authentication Required"),
         ("407 Basic dXNlcjpodW50ZXIy", "407 Proxy Authentication Required"),
         ("403 Filtered", "403 Filtered"),
-        ("502 cannot reach api.example.com", "502 Bad Gateway"),
         ("503 10.0.0.1 is down", "503 Service Unavailable"),
         ("500 \x1b[2J", "500 Internal Server Error"),
         ("403 " + "no " * 99, "403 Forbidden"),
-        ("599 \xe9", "599"),
         ("204 No Content", "204 No Content"),
     ],
 )
 def test_a_refused_tunnel_is_told_plainly_and_without_an_address(transport, upstream, said, told):
     egress = upstream(raw(f"HTTP/1.1 {said}\r\ncontent-length: 0\r\n\r\n".encode("latin-1")))
-    failed = failure(transport, "https://api.example.com", egress.url)
+    failed = failure(transport, "https://api.example.com", proxy=egress.url)
     assert (failed.fault, failed.detail) == (Fault.CONNECT, f"the forward proxy refused: {told}")
 
 
-def test_a_plain_request_that_the_forward_proxy_wants_a_password_for_is_its_refusal(transport, upstream):
-    egress = upstream(whole(407, b"{}"), whole(407, b"{}"))
-    failed = failure(transport, "http://api.example.com", egress.url)
-    assert (failed.fault, failed.detail) == (
-        Fault.CONNECT,
-        "the forward proxy refused: 407 Proxy Authentication Required",
-    )
-    call = begin(transport, egress.url)
-    assert call.status == 407  # without a forward proxy it is an upstream's answer
-    call.close()
-
-
-@pytest.mark.parametrize("challenge", ["Basic realm=x", "basic"])
-def test_so_is_a_401_that_asks_for_basic_authentication(transport, upstream, challenge):
-    reply = whole(401, b"{}", headers=[("www-authenticate", challenge)])
-    failed = failure(transport, "http://api.example.com", upstream(reply).url)
-    assert (failed.fault, failed.detail) == (Fault.CONNECT, "the forward proxy refused: 401 Unauthorized")
-
-
-@pytest.mark.parametrize(
-    "reply", [error(403), error(401), whole(401, b"{}", headers=[("www-authenticate", "Bearer")])]
-)
-def test_other_answers_to_a_plain_request_are_taken_for_the_upstream_s(transport, upstream, reply):
-    call = begin(transport, "http://api.example.com", upstream(reply).url)
-    assert call.status in (401, 403)
-    call.close()
-
-
-@pytest.mark.parametrize("scheme", ["http", "https"])
-def test_a_forward_proxy_that_is_not_there_is_named_as_the_culprit(transport, impatient, scheme):
-    url = f"{scheme}://api.example.com"
-    with blackhole() as hole:
-        failed = [
-            failure(transport, url, f"http://{HOST}:{dead_port()}"),
-            failure(transport, url, "http://nowhere.invalid:3128"),
-            failure(impatient, url, f"http://{HOST}:{hole}"),
-        ]
-    assert {one.fault for one in failed} == {Fault.CONNECT}
-    assert [one.detail for one in failed] == [
-        "the forward proxy failed: connection refused",
-        "the forward proxy failed: the host name was not found",
-        "the forward proxy failed: no connection in time",
-    ]
+def wants(challenge):
+    return whole(401, b"{}", headers=[("www-authenticate", challenge)])
 
 
 @pytest.mark.parametrize(
     ("reply", "told"),
-    [(close_now(), "closed without an answer"), (raw(b"SSH-2.0-OpenSSH\r\n"), "no valid HTTP (")],
+    [
+        (whole(407, b"{}"), "407 Proxy Authentication Required"),
+        (wants("Basic realm=x"), "401 Unauthorized"),
+        (wants("basic"), "401 Unauthorized"),
+        (wants("Bearer"), None),
+        (error(401), None),
+        (error(403), None),
+    ],
+    ids="407 Basic basic Bearer 401 403".split(),
 )
-def test_a_forward_proxy_that_talks_nonsense_is_named_as_the_culprit(transport, upstream, reply, told):
-    failed = failure(transport, "https://api.example.com", upstream(reply).url)
-    assert failed.fault is Fault.CONNECT
-    assert failed.detail.startswith(f"the forward proxy failed: {told}")
+def test_an_answer_to_a_plain_request_that_wants_a_password_is_the_forward_proxy_s_refusal(
+    transport, upstream, reply, told
+):
+    url = upstream(default=reply).url
+    direct = begin(transport, url)  # without a forward proxy it is an upstream's answer
+    assert direct.status in (401, 403, 407)
+    direct.close()
+    if told is None:
+        assert ask(transport, "http://api.example.com", proxy=url)
+    else:
+        failed = failure(transport, "http://api.example.com", proxy=url)
+        assert (failed.fault, failed.detail) == (Fault.CONNECT, f"the forward proxy refused: {told}")
 
 
-def test_a_name_that_only_the_forward_proxy_knows_is_not_looked_up_here(transport, upstream):
-    assert ask(transport, "http://api.internal.invalid", upstream().url) == MESSAGE
-
-
-def test_threads_that_meet_a_forward_proxy_first_all_get_watched_connections(transport, upstream):
-    egress = upstream(default=hang())
-    clients = [Leaving() for _ in range(8)]
-    ended = []
-
-    def send(client):
-        try:
-            transport.send(Outgoing("POST", "http://a", [], b"{}", egress.url), client.wait)
-        except TransportError as failed:
-            ended.append(failed.fault)
-
-    threads = [threading.Thread(target=send, args=(client,)) for client in clients]
-    for thread in threads:
-        thread.start()
-    egress.wait_for(8)
-    for client in clients:
-        client.leave()
-    for thread in threads:
-        thread.join(5)
-    for client in clients:
-        client.close()
-    assert ended == [Fault.CLIENT_LEFT] * 8
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_forward_proxy_that_is_not_there_or_talks_nonsense_is_named_as_the_culprit(
+    transport, impatient, upstream, scheme
+):
+    url = f"{scheme}://api.example.com"
+    proxies = {
+        "connection refused": f"http://{HOST}:{dead_port()}",
+        "the host name was not found": "http://nowhere.invalid:3128",
+    }
+    if scheme == "https":
+        proxies["closed without an answer"] = upstream(close_now()).url
+        proxies["no valid HTTP ("] = upstream(raw(b"SSH-2.0-OpenSSH\r\n")).url
+    failed = {detail: failure(transport, url, proxy=proxy) for detail, proxy in proxies.items()}
+    with blackhole() as hole:
+        failed["no connection in time"] = failure(impatient, url, proxy=f"http://{HOST}:{hole}")
+    for detail, one in failed.items():
+        assert one.fault is Fault.CONNECT
+        assert one.detail.startswith(f"the forward proxy failed: {detail}")
 
 
 # ------------------------------------------------------------------------------------ certificates, likewise
@@ -373,16 +217,9 @@ def test_a_ca_bundle_makes_its_upstream_s_certificate_good_and_nobody_else_s(
     assert len(a.seen) == 2
 
 
-def test_a_certificate_of_a_tunnelled_upstream_is_verified_too(transport, upstream, bundle, other_bundle):
-    a = upstream(tls=loopback_tls())
-    egress = upstream(default=tunnel_to(a.port))
-    failed = failure(transport, a.url, egress.url, other_bundle)
-    assert (failed.fault, a.seen) == (Fault.CONNECT, [])
-    assert failed.detail.startswith("the certificate does not verify: ")
-
-
-@pytest.mark.parametrize("name", ["other.example.com", "10.1.2.3"])
-@pytest.mark.parametrize("url", ["https://127.0.0.1", "https://localhost"])
+@pytest.mark.parametrize(
+    ("name", "url"), [("other.example.com", "https://localhost"), ("10.1.2.3", "https://127.0.0.1")]
+)
 def test_a_certificate_for_another_host_is_told_without_a_name(transport, upstream, tmp_path, name, url):
     authority = trustme.CA()
     authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
@@ -439,14 +276,9 @@ BasicAuth {user} {password}
 """
 
 
-def wait_until_open(port):
-    limit = time.monotonic() + 5
-    while True:
-        try:
-            return socket.create_connection((HOST, port)).close()
-        except ConnectionRefusedError:
-            assert time.monotonic() < limit
-            threading.Event().wait(0.02)
+def is_open(port):
+    with socket.socket() as sock:
+        return sock.connect_ex((HOST, port)) == 0
 
 
 @pytest.fixture(scope="module")
@@ -457,80 +289,60 @@ def tinyproxy(tmp_path_factory):
     config.write_text(TINYPROXY.format(port=port, host=HOST, folder=folder, user=USER, password=PASSWORD))
     with subprocess.Popen(["tinyproxy", "-d", "-c", str(config)], stdout=subprocess.DEVNULL) as process:
         try:
-            wait_until_open(port)
+            await_that(lambda: is_open(port))
             yield port, folder / "log"
         finally:
             process.terminate()
 
 
 @pytest.fixture(scope="module")
-def plain():
-    with FakeUpstream() as fake:
-        yield fake
+def fakes():
+    """The upstreams: a plain one, one under TLS, and a spare one that answers where another fails."""
+    with FakeUpstream() as plain, FakeUpstream(tls=loopback_tls()) as secure, FakeUpstream() as spare:
+        yield {"plain": plain, "tunnel": secure, "direct": secure, "spare": spare}
 
 
 @pytest.fixture(scope="module")
-def secure():
-    with FakeUpstream(tls=loopback_tls()) as fake:
-        yield fake
-
-
-@pytest.fixture(scope="module")
-def spare():
-    with FakeUpstream() as fake:
-        yield fake
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory, tinyproxy, plain, secure, spare):
+def served(tmp_path_factory, tinyproxy, fakes):
     """One gunicorn on a unix socket, whose upstreams are each asked by a model of their own."""
     home = tmp_path_factory.mktemp("home")
     (home / "ca.pem").write_text(LOOPBACK_CERT)
     trustme.CA().cert_pem.write_to_path(str(home / "other.pem"))
+    plain, secure = fakes["plain"].url, fakes["tunnel"].url
     # Percent-encoded where it need not be, so that it is seen to be decoded.
     good = f"http://{USER}:%68unter2-of.egress@{HOST}:{tinyproxy[0]}"
     wrong = f"http://{USER}:hunter2-of-yesterday@{HOST}:{tinyproxy[0]}"
     ways = {
-        "plain": {"base_url": plain.url, "proxy": good},
-        "tunnel": {"base_url": secure.url, "proxy": good, "ca_bundle": "ca.pem"},
-        "tunnel-untrusted": {"base_url": secure.url, "proxy": good},
+        "plain": {"base_url": plain, "proxy": good},
+        "tunnel": {"base_url": secure, "proxy": good, "ca_bundle": "ca.pem"},
+        "tunnel-untrusted": {"base_url": secure, "proxy": good},
         "tunnel-nowhere": {"base_url": f"https://{HOST}:{dead_port()}", "proxy": good},
-        "plain-wrong": {"base_url": plain.url, "proxy": wrong},
-        "tunnel-wrong": {"base_url": secure.url, "proxy": wrong, "ca_bundle": "ca.pem"},
-        "direct": {"base_url": secure.url, "ca_bundle": "ca.pem"},
-        "direct-untrusted": {"base_url": secure.url},
-        "direct-mistrusted": {"base_url": secure.url, "ca_bundle": "other.pem"},
+        "plain-wrong": {"base_url": plain, "proxy": wrong},
+        "tunnel-wrong": {"base_url": secure, "proxy": wrong, "ca_bundle": "ca.pem"},
+        "direct": {"base_url": secure, "ca_bundle": "ca.pem"},
+        "direct-untrusted": {"base_url": secure},
+        "direct-mistrusted": {"base_url": secure, "ca_bundle": "other.pem"},
     }
     upstreams = [
         {"name": name, "token": f"sk-test-{name}", "weight": 9999, "available_models": [name], **way}
         for name, way in ways.items()
     ]
-    upstreams.append({"name": "spare", "token": "sk-test-spare", "base_url": spare.url})
-    path = home / "config.yaml"
-    address = f"unix:{home}/aiproxy.sock"
-    path.write_text(
-        yaml.safe_dump(
-            {
-                "listen": address,
-                "bind": "0.0.0.0",  # counts for nothing
-                "breaker": {"failures": 99},
-                "affinity": "none",
-                "upstreams": upstreams,
-            }
-        )
-    )
+    upstreams.append({"name": "spare", "token": "sk-test-spare", "base_url": fakes["spare"].url})
+    config = {
+        "listen": f"unix:{home}/aiproxy.sock",
+        "bind": "0.0.0.0",  # counts for nothing
+        "breaker": {"failures": 99},
+        "affinity": "none",
+        "upstreams": upstreams,
+    }
     nowhere = f"http://{HOST}:{dead_port()}"
-    proxies = dict.fromkeys(("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "ALL_PROXY"), nowhere)
+    env = dict.fromkeys(("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "ALL_PROXY"), nowhere)
     # These would make the fakes' certificates good where the configuration does not.
-    bundles = dict.fromkeys(("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE"), str(home / "ca.pem"))
-    env = {"PATH": os.environ["PATH"], "AIPROXY_CONFIG": str(path), **proxies, **bundles}
-    process = Served([sys.executable, "-m", "gunicorn", "wsgi:app"], ROOT, env, 0)
-    process.socket = f"{home}/aiproxy.sock"
-    try:
-        process.wait_for_log(r"^aiproxy serves unix:")
-        yield process
-    finally:
-        process.stop()
+    env |= dict.fromkeys(("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE"), str(home / "ca.pem"))
+    with serving(home, config, env=env, wait=False) as one:
+        one.socket = f"{home}/aiproxy.sock"
+        one.wait_for_log(r"^aiproxy serves unix:")
+        yield one
 
 
 def client_of(served):
@@ -551,108 +363,83 @@ def asked(served, model, **body):
     return got, line
 
 
-@NEEDS_TINYPROXY
-def test_a_plain_upstream_is_reached_through_a_real_forward_proxy(served, plain):
-    before = len(plain.seen)
-    got, _ = asked(served, "plain")
-    assert (got.status, got.header("x-aiproxy-upstream")) == (200, "plain")
-    (seen,) = plain.seen[before:]
-    assert (seen.target, seen.header("x-api-key")) == ("/v1/messages", "sk-test-plain")
-    assert seen.header("via")  # it did come through
-    assert seen.header("proxy-authorization") is None
-
-
-@NEEDS_TINYPROXY
-def test_an_upstream_with_a_ca_of_its_own_is_reached_through_a_real_tunnel(served, secure, tinyproxy):
-    before = len(secure.seen)
-    got, _ = asked(served, "tunnel")
-    assert (got.status, got.header("x-aiproxy-upstream")) == (200, "tunnel")
-    (seen,) = secure.seen[before:]
-    assert (seen.target, seen.header("x-api-key")) == ("/v1/messages", "sk-test-tunnel")
-    assert seen.header("via") is None
+@needs("tinyproxy")
+@pytest.mark.parametrize("model", ["plain", "tunnel", "direct"])
+def test_an_upstream_is_reached_through_a_real_forward_proxy_or_by_a_ca_of_its_own(
+    served, fakes, tinyproxy, model
+):
+    fake = fakes[model]
+    before = len(fake.seen)
+    got, _ = asked(served, model)
+    assert (got.status, got.header("x-aiproxy-upstream")) == (200, model)
+    (seen,) = fake.seen[before:]
+    assert (seen.target, seen.header("x-api-key")) == ("/v1/messages", f"sk-test-{model}")
+    assert (seen.header("via") is not None) == (model == "plain")  # it did come through
     assert seen.header("proxy-authorization") is None
     log = tinyproxy[1].read_text()
-    assert f"CONNECT {HOST}:{secure.port}" in log
+    assert model != "tunnel" or f"CONNECT {HOST}:{fake.port}" in log
     assert "sk-test-tunnel" not in log
 
 
-@NEEDS_TINYPROXY
+@needs("tinyproxy")
 @pytest.mark.parametrize("model", ["plain", "tunnel"])
-def test_a_stream_comes_live_through_a_real_forward_proxy(served, plain, secure, model):
+def test_a_stream_comes_live_through_a_real_forward_proxy(served, fakes, model):
     gate = threading.Event()
-    spoken = message_events(["one", "two"])
-    (plain if model == "plain" else secure).script(events([*spoken[:4], gate, *spoken[4:]]))
+    fakes[model].script(events([*SPOKEN[:4], gate, *SPOKEN[4:]]))
     with client_of(served) as client:
-        client.post({**ASK, "model": model, "stream": True})
-        answer = client.answer()
-        pieces = answer.pieces()
-        got = b""
-        while b"one" not in got:
-            got += next(pieces).data
-        assert b"two" not in got
+        client.post({**STREAM, "model": model})
+        pieces = (answer := client.answer()).pieces()
+        while b"one" not in answer.body:
+            next(pieces)
+        assert b"two" not in answer.body
         gate.set()
-        got += b"".join(piece.data for piece in pieces)
-    assert got == b"".join(spoken)
-    assert answer.ending == "end"
+        answer.read()
+    assert (answer.body, answer.ending) == (b"".join(SPOKEN), "end")
 
 
-@NEEDS_TINYPROXY
-@pytest.mark.parametrize("model", ["plain-wrong", "tunnel-wrong"])
-def test_a_wrong_password_is_a_plain_reason_and_another_upstream_answers(served, spare, model):
-    got, line = asked(served, model)
-    assert (got.status, got.header("x-aiproxy-upstream")) == (200, "spare")
-    assert f"upstream={model} " in line
-    assert 'fault=connect detail="the forward proxy refused: 401 Unauthorized"' in line
-    assert "verdict=counted" in line
+UNTRUSTED = 'detail="the certificate does not verify: unable to get local issuer certificate"'
 
 
-@NEEDS_TINYPROXY
-def test_an_upstream_that_the_forward_proxy_cannot_reach_is_failed_over(served):
-    got, line = asked(served, "tunnel-nowhere")
-    assert (got.status, got.header("x-aiproxy-upstream")) == (200, "spare")
-    assert 'fault=connect detail="the forward proxy refused: 500 ' in line
-
-
-@NEEDS_TINYPROXY
-def test_a_ca_bundle_makes_a_direct_upstream_s_certificate_good(served, secure):
-    got, _ = asked(served, "direct")
-    assert (got.status, got.header("x-aiproxy-upstream")) == (200, "direct")
-
-
-@NEEDS_TINYPROXY
-@pytest.mark.parametrize("model", ["direct-untrusted", "direct-mistrusted", "tunnel-untrusted"])
-def test_no_other_bundle_and_nothing_of_the_environment_makes_it_good(served, secure, model):
-    before = len(secure.seen)
-    got, line = asked(served, model)
-    assert (got.status, got.header("x-aiproxy-upstream")) == (200, "spare")
-    assert f"upstream={model} " in line
-    assert 'detail="the certificate does not verify: unable to get local issuer certificate"' in line
-    assert len(secure.seen) == before
-
-
-@NEEDS_TINYPROXY
-@pytest.mark.parametrize("model", ["plain", "tunnel"])
-def test_a_client_that_leaves_its_unix_socket_ends_the_request_through_a_forward_proxy(
-    served, plain, secure, model
+@needs("tinyproxy")
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        ("plain-wrong", 'detail="the forward proxy refused: 401 Unauthorized"'),
+        ("tunnel-wrong", 'detail="the forward proxy refused: 401 Unauthorized"'),
+        ("tunnel-nowhere", 'detail="the forward proxy refused: 500 '),
+        # Neither another bundle nor anything of the environment makes a certificate good.
+        ("direct-untrusted", UNTRUSTED),
+        ("direct-mistrusted", UNTRUSTED),
+        ("tunnel-untrusted", UNTRUSTED),
+    ],
+)
+def test_a_way_that_does_not_work_has_a_plain_reason_and_another_upstream_answers(
+    served, fakes, model, reason
 ):
-    fake = plain if model == "plain" else secure
-    fake.script(events(message_events(["one"])[:4], then="hang"))  # tinyproxy itself notices it only then
+    before = [len(fakes[one].seen) for one in ("plain", "tunnel")]
+    got, line = asked(served, model)
+    assert (got.status, got.header("x-aiproxy-upstream")) == (200, "spare")
+    assert f"upstream={model} " in line
+    assert f"fault=connect {reason}" in line
+    assert "verdict=counted" in line
+    assert [len(fakes[one].seen) for one in ("plain", "tunnel")] == before
+    sent = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
+    said = "\n".join(served.stdout_lines()) + served.stderr
+    assert [secret for secret in ("%68unter2", "hunter2", sent) if secret in said] == []
+
+
+@needs("tinyproxy")
+@pytest.mark.parametrize("model", ["plain", "tunnel"])
+def test_a_client_that_leaves_its_unix_socket_ends_the_request_through_a_forward_proxy(served, fakes, model):
+    fake = fakes[model]
+    fake.script(events(SPOKEN[:4], then="hang"))  # tinyproxy itself notices it only then
     since = len(served.stdout_lines())
     with client_of(served) as client:
-        client.post({**ASK, "model": model, "stream": True})
+        client.post({**STREAM, "model": model})
         next(client.answer().pieces())
         began = time.monotonic()
     assert fake.wait_left(fake.seen[-1].connection) - began < 1
     served.wait_for_log(r" done .*outcome=client_left ", since=since)
-
-
-@NEEDS_TINYPROXY
-def test_no_line_of_the_log_holds_a_password(served):
-    said = "\n".join(served.stdout_lines()) + served.stderr
-    assert "the forward proxy refused" in said
-    sent = base64.b64encode(f"{USER}:{PASSWORD}".encode()).decode()
-    for secret in (PASSWORD, "%68unter2", "hunter2", sent):
-        assert secret not in said
 
 
 NGINX = """
@@ -669,47 +456,36 @@ http {{
 """
 
 
-@NEEDS_TINYPROXY
-@pytest.mark.skipif(
-    shutil.which("nginx") is None and os.environ.get("AIPROXY_REQUIRE_ALL") != "1",
-    reason="nginx is missing",
-)
-def test_nginx_reaches_the_unix_socket(served, plain, tmp_path):
-    port = free_port()
-    config = tmp_path / "nginx.conf"
+@needs("tinyproxy")
+@needs("nginx")
+def test_nginx_reaches_the_unix_socket(served, fakes, tmp_path):
+    port, config = free_port(), tmp_path / "nginx.conf"
     config.write_text(NGINX.format(folder=tmp_path, port=port, socket=served.socket))
     target = "/v1/messages?beta=true&x=%20"
     with subprocess.Popen(["nginx", "-c", str(config), "-e", str(tmp_path / "error.log")]) as nginx:
         try:
-            wait_until_open(port)
+            await_that(lambda: is_open(port))
             with RawClient(HOST, port) as client:
                 client.post({**ASK, "model": "plain"}, target)
                 assert client.read().status == 200
         finally:
             nginx.terminate()
-    assert plain.seen[-1].target == target
+    assert fakes["plain"].seen[-1].target == target
 
 
 def test_a_unix_socket_is_given_up_on_sigterm_while_a_stream_runs_on(serve, config_of, upstream, tmp_path):
     gate = threading.Event()
-    spoken = message_events(["one", "two"])
-    a = upstream(events([*spoken[:4], gate, *spoken[4:]]))
+    a = upstream(events([*SPOKEN[:4], gate, *SPOKEN[4:]]))
     served = serve(config_of([a], listen=f"unix:{tmp_path}/aiproxy.sock"), wait=False)
     served.socket = f"{tmp_path}/aiproxy.sock"
     served.wait_for_log(r"^aiproxy serves unix:")
     with client_of(served) as client:
-        client.post({**ASK, "stream": True})
+        client.post(STREAM)
         answer = client.answer()
-        pieces = answer.pieces()
-        next(pieces)
-        served.process.send_signal(signal.SIGTERM)
-        limit = time.monotonic() + 1
-        while os.path.exists(served.socket):
-            assert time.monotonic() < limit
-            threading.Event().wait(0.02)
+        next(answer.pieces())
+        served.ask_to_stop()
+        await_that(lambda: not os.path.exists(served.socket), limit=1.0)
         gate.set()
-        for _ in pieces:
-            pass
-        assert answer.ending == "end"
+        assert answer.read().ending == "end"
     assert served.wait_exit(5) == 0
     assert "Traceback" not in served.stderr

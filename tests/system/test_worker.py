@@ -3,37 +3,28 @@
 import contextlib
 import os
 import socket
-import sys
-import threading
 import time
 
 import pytest
-from conftest import ROOT, Served
-from fakes import HOST, RawClient, free_port
+from conftest import serving
+from fakes import HOST, RawClient, await_that
 
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_each_worker_keeps_to_a_core_of_its_own(upstream, serve, config_of, workers):
     served = serve(config_of([upstream()], workers=workers))
-    cores = []
-    limit = time.monotonic() + 5
-    while len(cores) < workers or any(len(each) != 1 for each in cores):
-        assert time.monotonic() < limit, cores
-        threading.Event().wait(0.05)
-        cores = [os.sched_getaffinity(pid) for pid in served.workers()]
-    assert len(set.union(*cores)) == min(workers, len(os.sched_getaffinity(0)))
+
+    def cores():
+        return [os.sched_getaffinity(pid) for pid in served.workers()]
+
+    await_that(lambda: [len(each) for each in cores()] == [1] * workers)
+    assert len(set.union(*cores())) == min(workers, len(os.sched_getaffinity(0)))
 
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    path = tmp_path_factory.mktemp("demo") / "config.yaml"
-    path.write_text("upstreams: [{base_url: 'demo://answers'}]")
-    port = free_port()
-    command = [sys.executable, "-m", "gunicorn", "--bind", f"{HOST}:{port}", "wsgi:app"]
-    served = Served(command, ROOT, {"PATH": os.environ["PATH"], "AIPROXY_CONFIG": str(path)}, port)
-    served.wait_until_ready()
-    yield served
-    served.quit()
+    with serving(tmp_path_factory.mktemp("demo"), {"upstreams": [{"base_url": "demo://answers"}]}) as served:
+        yield served
 
 
 @pytest.mark.parametrize(
@@ -74,4 +65,4 @@ def test_requests_that_cannot_be_read_do_not_hold_up_the_accepting_of_others(sha
         with RawClient.to(shared.url) as client:
             client.request("GET", "/")
             assert client.read().status == 200
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 2
