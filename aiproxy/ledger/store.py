@@ -182,7 +182,8 @@ class Store:
             os.close(os.open(self._settings.file, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
         connection = sqlite3.connect(self._settings.file, timeout=PATIENCE, check_same_thread=False)
         try:
-            connection.execute("PRAGMA journal_mode = WAL")
+            if connection.execute("PRAGMA journal_mode").fetchone() != ("wal",):
+                connection.execute("PRAGMA journal_mode = WAL")  # takes the file for itself
             connection.execute("PRAGMA synchronous = NORMAL")
             self._create(connection)
             self._inode = os.stat(self._settings.file).st_ino

@@ -1,0 +1,198 @@
+"""What answers cost, compared with an arithmetic of its own."""
+
+import random
+from fractions import Fraction
+
+import pytest
+
+from aiproxy.api.usage import Tokens, Usage
+from aiproxy.config import Price, UpstreamSettings
+from aiproxy.ledger.prices import Prices
+
+CUSTOM = {"claude-test": Price(3, 15, 0.3, 3.75, 6, 10), "claude-other-*": Price(1, 2, 0.1, 1.25, 2, 20)}
+KINDS = ("input_tokens", "output_tokens", "cache_read_input_tokens")
+
+
+def prices(custom=CUSTOM, **upstream):
+    settings = UpstreamSettings(name="a", base_url="https://a.example", **upstream)
+    return Prices(custom, [settings])
+
+
+def nano(usage, upstream_model="claude-test", model="claude-test", of=None):
+    return (of or prices()).bill(Usage(**usage), "a", upstream_model, model).nano
+
+
+def dollars(text):
+    return round(Fraction(text) * 10**9)
+
+
+@pytest.mark.parametrize(
+    ("usage", "cost"),
+    [
+        ({"input_tokens": 1_000_000}, "3"),
+        ({"output_tokens": 1_000_000}, "15"),
+        ({"cache_read_input_tokens": 1_000_000}, "0.3"),
+        ({"cache_creation_input_tokens": 1_000_000}, "3.75"),
+        (
+            {
+                "cache_creation_input_tokens": 1_000_000,
+                "cache_creation": {"ephemeral_1h_input_tokens": 1_000_000, "ephemeral_5m_input_tokens": 0},
+            },
+            "6",
+        ),
+        (
+            {
+                "cache_creation_input_tokens": 1_000_000,
+                "cache_creation": {
+                    "ephemeral_1h_input_tokens": 400_000,
+                    "ephemeral_5m_input_tokens": 600_000,
+                },
+            },
+            "4.65",
+        ),
+        ({"cache_creation": {"ephemeral_5m_input_tokens": 1_000_000}}, "3.75"),
+        ({"server_tool_use": {"web_search_requests": 3, "web_fetch_requests": 9}}, "0.03"),
+        ({"input_tokens": 1_000_000, "speed": "fast"}, "6"),
+        ({"input_tokens": 1_000_000, "speed": "standard", "inference_geo": "global"}, "3"),
+        ({"input_tokens": 1_000_000, "inference_geo": "us"}, "3.3"),
+        ({"input_tokens": 1_000_000, "service_tier": "batch"}, "1.5"),
+        ({"input_tokens": 1}, "0.000003"),
+        ({}, "0"),
+    ],
+)
+def test_each_kind_has_its_price(usage, cost):
+    assert nano(usage) == dollars(cost)
+
+
+@pytest.mark.parametrize(
+    ("iterations", "cost"),
+    [
+        ([{"type": "message", "input_tokens": 9}], "3"),
+        ([{"type": "compaction", "input_tokens": 1_000_000}], "6"),
+        ([{"type": "advisor_message", "model": "claude-other-1", "output_tokens": 1_000_000}], "5"),
+        ([{"type": "fallback_message", "model": "claude-other-1", "input_tokens": 9}], "1"),
+        (
+            [
+                {"type": "message", "model": "claude-test", "input_tokens": 5},
+                {"type": "compaction", "input_tokens": 1_000_000},
+                {"type": "fallback_message", "model": "claude-other-1", "input_tokens": 9},
+            ],
+            "4",
+        ),
+        ([None, 7, "x", {}, {"type": 5}, {"type": "compaction", "input_tokens": "many", "self": 1}], "3"),
+        ("nonsense", "3"),
+    ],
+)
+def test_iterations_add_what_the_sums_leave_out(iterations, cost):
+    assert nano({"input_tokens": 1_000_000, "iterations": iterations}) == dollars(cost)
+
+
+def test_tokens_of_iterations_are_part_of_the_bill():
+    usage = Usage(input_tokens=5, iterations=[{"type": "compaction", "input_tokens": 7, "output_tokens": 2}])
+    assert prices().bill(usage, "a", "claude-test", "claude-test").tokens == Tokens(input=12, output=2)
+
+
+@pytest.mark.parametrize(
+    ("upstream_model", "model", "cost"),
+    [
+        ("claude-test", "claude-other-1", "3"),  # the upstream's name first
+        ("unheard", "claude-other-1", "1"),  # then the client's
+        ("claude-sonnet-5-5", "claude-test", "2"),  # Anthropic's own price
+        ("us.anthropic.claude-opus-5-5-v1:0", "x", "4"),
+        ("claude-opus-5", "x", "5"),
+        ("claude-opus-4-20250514", "x", "15"),
+        ("claude-haiku-4-5-20251001", "x", "1"),
+        ("claude-3-5-haiku-latest", "x", "0.8"),
+        ("unheard", "unheard too", "15"),  # the dearest
+    ],
+)
+def test_a_price_is_found_by_the_upstream_s_model_then_by_the_client_s(upstream_model, model, cost):
+    assert nano({"input_tokens": 1_000_000}, upstream_model, model) == dollars(cost)
+
+
+def test_a_model_without_a_price_is_marked():
+    assert not prices().bill(Usage(input_tokens=1), "a", "unheard", "unheard").is_priced
+    assert prices().bill(Usage(input_tokens=1), "a", "unheard", "claude-test").is_priced
+
+
+def test_the_dearest_price_may_be_a_configured_one():
+    dear = {"gold": Price(1000, 5000, 1, 1, 1)}
+    assert nano({"output_tokens": 1_000_000}, "unheard", of=prices(dear)) == dollars("5000")
+
+
+def test_an_upstream_s_own_price_and_multiplier_count_first():
+    own = prices(prices={"claude-test": Price(2, 4, 0, 0, 0)}, price_multiplier=0.85)
+    assert nano({"input_tokens": 1_000_000}, of=own) == dollars("1.7")
+    assert nano({"output_tokens": 1_000_000}, "claude-other-1", of=own) == dollars("1.7")
+    assert nano({"server_tool_use": {"web_search_requests": 1000}}, of=own) == dollars("8.5")
+
+
+@pytest.mark.parametrize(("prompt", "cost"), [(100_000, "0.01"), (100_001, "0.0500005")])
+def test_long_prompts_of_haiku_5_5_have_another_price(prompt, cost):
+    assert nano({"input_tokens": prompt}, "claude-haiku-5-5") == dollars(cost)
+    cached = {"input_tokens": 1, "cache_read_input_tokens": prompt - 1}
+    assert (nano(cached, "claude-haiku-5-5") > dollars("0.002")) == (prompt > 100_000)
+
+
+def test_the_prompt_of_a_tool_loop_is_its_longest_iteration():
+    turns = [{"type": "message", "input_tokens": 60_000}, {"type": "message", "input_tokens": 70_000}]
+    assert nano({"input_tokens": 130_000, "iterations": turns}, "claude-haiku-5-5") == dollars("0.013")
+
+
+@pytest.mark.parametrize(
+    ("model", "times"),
+    [("claude-opus-4-6", 6), ("claude-opus-4-7", 6), ("claude-opus-4-8", 2), ("claude-opus-5-5", 2)],
+)
+def test_fast_mode_costs_a_multiple(model, times):
+    usage = {"input_tokens": 1_000_000, "output_tokens": 1000}
+    assert nano({**usage, "speed": "fast"}, model) == times * nano(usage, model)
+
+
+def independent(usage, price):
+    """Dollars, as a provider's clerk would compute them."""
+    per_token = [Fraction(str(each)) / 10**6 for each in price[:5]]
+    written, parts = usage["cache_creation_input_tokens"], usage["cache_creation"]
+    counts = [*(usage[kind] for kind in KINDS), written - parts["ephemeral_1h_input_tokens"]]
+    counts.append(parts["ephemeral_1h_input_tokens"])
+    searches = usage["server_tool_use"]["web_search_requests"] * Fraction(str(price[5])) / 1000
+    return sum(each * rate for each, rate in zip(counts, per_token, strict=True)) + searches
+
+
+def test_random_usages_cost_what_an_independent_arithmetic_says():
+    dice = random.Random(7)
+    price = (3, 15, 0.3, 3.75, 6, 10)
+    for _ in range(2000):
+        hour, minutes = dice.randrange(10**6), dice.randrange(10**6)
+        usage = {kind: dice.randrange(10 ** dice.randrange(1, 9)) for kind in KINDS}
+        usage["cache_creation_input_tokens"] = hour + minutes
+        usage["cache_creation"] = {
+            "ephemeral_1h_input_tokens": hour,
+            "ephemeral_5m_input_tokens": minutes,
+        }
+        usage["server_tool_use"] = {"web_search_requests": dice.randrange(9), "web_fetch_requests": 1}
+        assert nano(usage) == round(independent(usage, price) * 10**9)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        -1,
+        10**30,
+        True,
+        "5",
+        1.5,
+        [],
+        {},
+        [[[[1]]]],
+        {"web_search_requests": -1},
+        {"web_search_requests": "x"},
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize(
+    "name",
+    [*KINDS, "cache_creation_input_tokens", "cache_creation", "server_tool_use", "speed", "inference_geo",
+     "service_tier", "iterations", "self"],
+)  # fmt: skip
+def test_hostile_usage_costs_nothing_and_raises_nothing(name, value):
+    assert nano({name: value}) == 0
