@@ -239,6 +239,9 @@ class Attempt:
             if block:
                 held.append(block)
             events = list(sse.parse(block))
+            for event in events:
+                if event.name == b"message_start":  # what it reports is billed even if nothing follows
+                    self.usage.note_event(event.name, event.data)
             content = next((each for each in events if each.name not in _BEFORE_CONTENT), None)
             if content is not None and (content.name == b"error" or _is_error_data(content)):
                 return self._error_event(content.data, response.headers)

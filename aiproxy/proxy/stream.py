@@ -73,8 +73,9 @@ class Stream:
         self._framer = framer
         self._usage = usage
         self._break: Outcome | None = None
-        self._blocks = 0
-        self._sampled_bytes = self._sampled_characters = 0
+        self._blocks = self._own_bytes = 0
+        self._first_bytes = self._first_characters = 0  # of the first blocks
+        self._text_bytes = self._text_characters = 0  # of the sampled blocks with text
 
     @property
     def outcome(self) -> Outcome:
@@ -86,10 +87,12 @@ class Stream:
         return self._break or Outcome.CLIENT_LEFT
 
     def estimated_tokens(self, sent: int) -> int:
-        """About how many output tokens `sent` bytes of this stream held, judged by a sample of its blocks."""
-        if not self._sampled_bytes:
-            return 0
-        return math.ceil(self._sampled_characters * sent / self._sampled_bytes / _CHARACTERS)
+        """About how many output tokens went by in `sent` bytes, judged by a sample of the blocks."""
+        characters: float = self._first_characters
+        if self._text_bytes:  # of the blocks with text; message_start and the like are long and come first
+            rest = max(0, sent - self._own_bytes - self._first_bytes)
+            characters += rest * self._text_characters / self._text_bytes
+        return math.ceil(characters / _CHARACTERS)
 
     def close(self) -> None:
         """Give the upstream's connection back, or close it where the answer was not read to its end."""
@@ -110,7 +113,9 @@ class Stream:
             return
         # Half an event may be out: an error event now would complete it as garbage.
         if self._break in _ERRORS and not self._framer.partial:
-            yield encode("error", error_body(*_ERRORS[self._break], request_id))
+            event = encode("error", error_body(*_ERRORS[self._break], request_id))
+            self._own_bytes = len(event)
+            yield event
         raise BreakConnection
 
     def _relayed(self) -> Iterator[bytes]:
@@ -124,8 +129,7 @@ class Stream:
             self._note(block)
             self._blocks += 1
             if self._blocks <= _FIRST_SAMPLED or not self._blocks % _SAMPLED:
-                self._sampled_bytes += len(block)
-                self._sampled_characters += characters(block)
+                self._sample(block)
             yield block
             if self.error is not None:
                 return
@@ -135,6 +139,15 @@ class Stream:
                 self._wait.limit(END_OF_BODY_SECONDS)
         if not self.has_stopped:
             self._note_break(Outcome.BROKEN, "ended before message_stop")
+
+    def _sample(self, block: bytes) -> None:
+        found = characters(block)
+        if found:
+            self._text_bytes += len(block)
+            self._text_characters += found
+        if self._blocks <= _FIRST_SAMPLED:
+            self._first_bytes += len(block)
+            self._first_characters += found
 
     def _note(self, block: bytes) -> None:
         # Most blocks are deltas: the plain search is ten times as fast as the expression.

@@ -42,6 +42,7 @@ def test_a_good_file_is_summed_up_with_its_warnings_and_without_a_secret(path):
         [
             f"{path}: good",
             "  listens on 127.0.0.1:8080, serves clients with one of 1 api_keys",
+            f"  keeps its ledger in {path.parent / 'ledger.db'}, for 400 days",
             "  upstream main: https://api.example.com, 75% of the requests, every model",
             "  upstream spare: http://spare.example.com, 25% of the requests, claude-x",
             "  upstream old: https://old.example.com, not enabled, every model",

@@ -1,0 +1,233 @@
+"""What an exchange is billed, as the fake accounts bill it, and estimates of what was not finished."""
+
+import json
+import threading
+from fractions import Fraction
+
+import pytest
+from fakes import ASK, RawClient, answer, await_that, error, event, events, hang, message_events
+from in_process import WsgiAnswer
+from werkzeug.test import create_environ
+
+from aiproxy.app import create_app
+from aiproxy.config import Config, LedgerSettings, Price, Timeouts, UpstreamSettings
+from aiproxy.ledger.store import Store
+
+PRICES = {"claude-x": Price(3, 15, 0.3, 3.75, 6, 10)}
+PER_MILLION = {
+    "input_tokens": 3,
+    "output_tokens": 15,
+    "cache_read_input_tokens": Fraction("0.3"),
+    "cache_creation_input_tokens": Fraction("3.75"),
+}
+USAGE = {
+    "input_tokens": 1000,
+    "output_tokens": 500,
+    "cache_read_input_tokens": 20_000,
+    "cache_creation_input_tokens": 300,
+}
+WORDS = [f"word number {n}, " for n in range(200)]
+
+
+def billed(usage):
+    """Nano-dollars, as the account bills them."""
+    return round(sum(Fraction(usage[kind]) * rate for kind, rate in PER_MILLION.items()) * 1000)
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    return Ledger(tmp_path)
+
+
+class Ledger:
+    """An application with a ledger, and its rows; `close` writes the last of them."""
+
+    def __init__(self, directory):
+        self.settings = LedgerSettings(file=str(directory / "ledger.db"))
+
+    def app(self, *fakes, must_stream=False, **settings):
+        upstreams = tuple(
+            UpstreamSettings(name=f"u{n}", base_url=fake.url, token="sk-test-a", must_stream=must_stream)
+            for n, fake in enumerate(fakes)
+        )
+        self._app = create_app(
+            Config(upstreams=upstreams, ledger=self.settings, **{"prices": PRICES, **settings})
+        )
+        return self._app.test_client()
+
+    def begin(self, stream, size=0):
+        """Ask; the answer's body is still to be read."""
+        question = {**ASK, "stream": stream, "system": "s" * size}
+        environ = create_environ("/v1/messages", method="POST", data=json.dumps(question).encode())
+        return WsgiAnswer(self._app, environ)
+
+    def rows(self):
+        self._app.extensions["aiproxy"].close()
+        store = Store(self.settings)
+        found = store.exchanges(1000)
+        store.close()
+        return found
+
+    def row(self):
+        (row,) = self.rows()
+        return row
+
+
+@pytest.mark.parametrize("must_stream", [False, True], ids=["", "must_stream"])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_a_complete_answer_costs_what_the_account_bills(ledger, upstream, stream, must_stream):
+    named = [("request-id", "req_of_the_account")]
+    streamed, whole = events(message_events(usage=USAGE), headers=named), answer(usage=USAGE, headers=named)
+    client = ledger.app(upstream(streamed if stream or must_stream else whole), must_stream=must_stream)
+    headers = {"x-claude-code-request-class": "subagent"}
+    reply = client.post("/v1/messages", json={**ASK, "stream": stream}, headers=headers)
+    assert reply.status_code == 200
+    row = ledger.row()
+    assert (row.cost, row.is_estimated, row.is_unpriced, row.outcome) == (billed(USAGE), 0, 0, "complete")
+    assert (row.input, row.output, row.cache_read, row.cache_write_5m) == tuple(USAGE.values())
+    assert (row.client, row.model, row.upstream, row.request_class) == (
+        "anonymous",
+        "claude-x",
+        "u0",
+        "subagent",
+    )
+    assert (row.id, row.attempts) == (reply.headers["x-aiproxy-request-id"], 1)
+    assert row.upstream_request_id == "req_of_the_account"
+
+
+def test_many_exchanges_add_up_to_the_account_s_own_bill(ledger, upstream):
+    usages = [{kind: 37 * n + place for place, kind in enumerate(USAGE)} for n in range(1, 31)]
+    replies = [
+        events(message_events(usage=usage)) if n % 2 else answer(usage=usage)
+        for n, usage in enumerate(usages)
+    ]
+    client = ledger.app(upstream(*replies))
+    for n in range(len(usages)):
+        assert client.post("/v1/messages", json={**ASK, "stream": bool(n % 2)}).status_code == 200
+    assert sum(row.cost for row in ledger.rows()) == sum(map(billed, usages))
+
+
+def test_a_stream_that_the_client_left_is_estimated_by_its_text(ledger, upstream):
+    gate = threading.Event()
+    pieces = message_events(WORDS, usage=USAGE)
+    ledger.app(upstream(events([*pieces[:103], gate, *pieces[103:]])))  # a hundred words
+    given = ledger.begin(stream=True)
+    while given.body.count(b"word number") < 100:
+        assert given.next() is not None
+    given.leave()
+    gate.set()
+    row = ledger.row()
+    exact = sum(map(len, WORDS[:100])) / 4
+    assert (row.outcome, row.is_estimated, row.input) == ("client_left", 1, 1000)
+    assert abs(row.output - exact) < 0.05 * exact
+    assert row.cost == billed({**USAGE, "output_tokens": row.output})
+
+
+@pytest.mark.parametrize("then", ["cut", "reset"])
+def test_a_stream_that_the_upstream_broke_is_estimated(ledger, upstream, then):
+    ledger.app(upstream(events(message_events(WORDS, usage=USAGE)[:13], then=then)))
+    ledger.begin(stream=True).read()
+    row = ledger.row()
+    assert (row.outcome, row.is_estimated, row.cache_read) == ("broken", 1, 20_000)
+    assert row.output == -(-sum(map(len, WORDS[:10])) // 4)
+
+
+def test_an_output_that_was_reported_before_the_break_counts_if_it_is_more(ledger, upstream):
+    told = message_events(["ok"], usage=USAGE)[:-1]  # message_delta says 500; no message_stop
+    ledger.app(upstream(events(told, then="cut")))
+    ledger.begin(stream=True).read()
+    row = ledger.row()
+    assert (row.output, row.cost, row.is_estimated) == (500, billed(USAGE), 1)
+
+
+def test_thinking_and_tool_input_count_as_text(ledger, upstream):
+    start = message_events(usage=USAGE)[0]
+    deltas = [
+        {"type": "thinking_delta", "thinking": "t" * 40},
+        {"type": "input_json_delta", "partial_json": "j" * 80},
+        {"type": "signature_delta", "signature": "s" * 4000},
+    ]
+    told = [
+        event("content_block_delta", {"type": "content_block_delta", "index": 0, "delta": d}) for d in deltas
+    ]
+    ledger.app(upstream(events([start, *told], then="cut")))
+    ledger.begin(stream=True).read()
+    assert ledger.row().output == 30
+
+
+@pytest.mark.parametrize("must_stream", [False, True], ids=["", "must_stream"])
+def test_a_whole_answer_that_the_client_left_costs_its_request_s_bytes(
+    ledger, upstream, serve, tmp_path, must_stream
+):
+    fake = upstream(hang())
+    listed = {"name": "u0", "base_url": fake.url, "token": "sk-test-a", "must_stream": must_stream}
+    prices = {"claude-x": {"input": 3, "output": 15}}
+    served = serve({"upstreams": [listed], "ledger": str(tmp_path / "left.db"), "prices": prices})
+    with RawClient.to(served.url) as client:
+        client.post({**ASK, "system": "s" * 8000})
+        await_that(lambda: fake.seen)
+    store = Store(LedgerSettings(file=str(tmp_path / "left.db")))
+    await_that(lambda: store.exchanges(9))
+    (row,) = store.exchanges(9)
+    store.close()
+    length = len(fake.seen[0].body) - (len(b', "stream": true') if must_stream else 0)
+    assert (row.outcome, row.is_estimated, row.output) == ("client_left", 1, 0)
+    assert abs(row.input - length / 4) <= 4
+    assert row.cost == row.input * 3000
+
+
+def test_a_whole_answer_whose_client_left_while_it_was_written_is_exact(ledger, upstream):
+    ledger.app(upstream(answer("x" * 300_000, usage=USAGE)))
+    given = ledger.begin(stream=False)
+    given.next()
+    given.leave()
+    row = ledger.row()
+    assert (row.outcome, row.is_estimated, row.cost) == ("client_left", 0, billed(USAGE))
+
+
+def test_failed_attempts_cost_nothing_and_the_one_that_answers_is_billed(ledger, upstream):
+    client = ledger.app(upstream(error(500)), upstream(answer(usage=USAGE)))
+    assert client.post("/v1/messages", json=ASK).status_code == 200
+    row = ledger.row()
+    assert (row.cost, row.upstream, row.attempts, row.is_estimated) == (billed(USAGE), "u1", 2, 0)
+
+
+def test_a_failed_attempt_that_had_begun_costs_what_it_reported(ledger, upstream):
+    begun = events(message_events(usage=USAGE)[:2], then="cut")  # message_start and a ping
+    client = ledger.app(upstream(begun), upstream(events(message_events(usage=USAGE))))
+    client.post("/v1/messages", json={**ASK, "stream": True})
+    row = ledger.row()
+    started = {**USAGE, "output_tokens": 1}
+    assert (row.cost, row.is_estimated) == (billed(USAGE) + billed(started), 1)
+    assert row.input == 2000
+
+
+def test_where_all_attempts_failed_only_what_was_reported_has_a_row(ledger, upstream):
+    begun = events(message_events(usage=USAGE)[:2], then="cut")
+    client = ledger.app(upstream(begun, error(500)))
+    assert client.post("/v1/messages", json={**ASK, "stream": True}).status_code == 502
+    assert client.post("/v1/messages", json=ASK).status_code == 500
+    row = ledger.row()
+    assert (row.outcome, row.upstream, row.cost) == ("error", "u0", billed({**USAGE, "output_tokens": 1}))
+
+
+def test_counting_tokens_and_refusals_have_no_row(ledger, upstream):
+    client = ledger.app(upstream(answer(usage=USAGE)))
+    client.post("/v1/messages/count_tokens", json=ASK)
+    client.post("/v1/messages", json=[])
+    assert ledger.rows() == []
+
+
+def test_a_model_without_a_price_is_billed_at_the_dearest_and_marked(ledger, upstream):
+    client = ledger.app(upstream(answer(usage={"input_tokens": 1_000_000, "output_tokens": 0})), prices={})
+    client.post("/v1/messages", json=ASK)
+    row = ledger.row()
+    assert (row.is_unpriced, row.cost) == (1, 15_000_000_000)
+
+
+def test_odd_texts_of_clients_and_upstreams_are_stored(ledger, upstream):
+    odd = "m\0odel" + "\N{GRINNING FACE}" * 300
+    client = ledger.app(upstream(answer(usage=USAGE)), timeouts=Timeouts(answer=5))
+    client.post("/v1/messages", json={**ASK, "model": odd})
+    row = ledger.row()
+    assert (row.model[:6], len(row.model)) == ("model\N{GRINNING FACE}", 199)
