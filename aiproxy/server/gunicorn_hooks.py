@@ -5,15 +5,18 @@ The only module that knows the master.
 
 import atexit
 import contextlib
+import errno
 import json
 import logging
 import os
 import secrets
 import shlex
 import shutil
+import socket
 import ssl
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,14 @@ from ..observability import logs
 from ..upstreams.shared_state import INSTANCE, STATE_DIRECTORY
 from .client import TlsClientSocket
 from .reload import LastGood, start
+
+#: How often an address that is in use is tried, once a second.
+_TRIES = 5
+_HINTS = {
+    errno.EADDRINUSE: "`ss -ltnp` shows who listens there; end it, or set another `listen`",
+    errno.EACCES: "a port below 1024 needs a permission; set another `listen`, with nginx in front",
+    errno.EADDRNOTAVAIL: "it is not an address of this machine; set another `bind`",
+}
 
 
 class ServerLog(Logger):  # type: ignore[misc]
@@ -54,6 +65,9 @@ class Hooks:
     def on_starting(self, server: Any) -> None:
         """Before any port is opened: the command line may set other addresses, users and workers."""
         self._check(server.address)
+        if "GUNICORN_FD" not in os.environ and "LISTEN_FDS" not in os.environ:  # no sockets were inherited
+            for address in server.address:
+                _check_free(address)
         file = self.config.logging.file
         if file and server.cfg.uid != os.geteuid():
             with contextlib.suppress(OSError):  # a device, say
@@ -130,6 +144,31 @@ class Hooks:
             logs.line(level, "start", message=text)
         else:
             print(f"warning: {text}" if level == logging.WARNING else text, flush=True)
+
+
+def _check_free(address: Any) -> None:
+    """Whether the address can be listened on. A server that is just ending has a moment to give it up."""
+    if not isinstance(address, tuple):
+        return
+    for _ in range(_TRIES):
+        error = _refusal(address)
+        if error is None or error.errno != errno.EADDRINUSE:
+            break
+        time.sleep(1)
+    if error is not None:
+        hint = _HINTS.get(error.errno or 0, "set another `bind` or `listen`")
+        sys.exit(f"{address[0]}:{address[1]} cannot be listened on ({error.strerror}): {hint}")
+
+
+def _refusal(address: tuple[str, int]) -> OSError | None:
+    """Why nobody can listen there; None if one can."""
+    with socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+        except OSError as error:
+            return error
+    return None
 
 
 def _runtime_directory() -> Path:

@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from aiproxy.__main__ import main
 from aiproxy.app import create_app
+from aiproxy.command_line import main
 from aiproxy.config import Budget, ClientKey, Config, KeyLimits, LedgerSettings, Secret, UpstreamSettings
 from aiproxy.ledger.rows import Exchange, day_of
 from aiproxy.ledger.store import Store

@@ -1,11 +1,13 @@
 """`python -m aiproxy check`: what a person or ExecReload learns of a configuration, and its exit code."""
 
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT
+from fakes import answer, error, whole
 
 GOOD = """
 api_keys: [{name: alice, key: sk-test-alice}]
@@ -96,3 +98,47 @@ def test_keys_of_the_env_file_are_read(path):
     assert f"{path.parent / 'keys'}: cannot be read" in check(path).stderr
     (path.parent / "keys").write_text("MAIN=sk-test-of-the-file\n")
     assert check(path).returncode == 0
+
+
+def test_it_runs_from_any_directory(path, tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "aiproxy"), "check", str(path)],
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout.splitlines()[0]) == (0, f"{path}: good")
+
+
+@pytest.mark.parametrize(("bind", "code"), [("127.0.0.1:8081", 0), ("[::1]:80", 0), ("0.0.0.0:8081", 1)])
+def test_it_checks_the_address_of_gunicorn_s_command_line(path, bind, code):
+    path.write_text('upstreams: [{base_url: "demo://answers"}]')
+    done = check("--bind", bind, path)
+    assert done.returncode == code
+    assert f"listens on {bind}, serves whoever reaches it" in done.stdout or "set api_keys" in done.stderr
+
+
+def test_it_asks_the_upstreams_and_says_in_words_what_is_wrong(path, upstream):
+    good, refusing = (
+        upstream(whole(body=b'{"input_tokens": 3}')),
+        upstream(error(401, message="invalid x-api-key")),
+    )
+    uncounting = upstream(error(404), answer())
+    lines = [
+        f"  - {{name: {name}, base_url: '{fake.url}', token: sk-test-a, available_models: [claude-x]}}"
+        for name, fake in (("good", good), ("uncounting", uncounting), ("refusing", refusing))
+    ]
+    path.write_text(
+        "\n".join(["upstreams:", *lines, "  - {base_url: 'https://x.example', token: a, enabled: false}"])
+    )
+    done = check("--ask", path)
+    asked = [line for line in done.stdout.splitlines() if line.startswith("  asked")]
+    assert [re.sub(r"in [0-9.]+ s", "in S", line) for line in asked] == [
+        "  asked good for claude-x: 200 in S",
+        "  asked uncounting for claude-x: 200 in S",
+        "  asked refusing for claude-x: 502 in S: An upstream refused aiproxy's own account there: "
+        "invalid x-api-key",
+    ]
+    assert (done.returncode, uncounting.seen[1].json()["max_tokens"]) == (1, 1)

@@ -146,14 +146,14 @@ def test_a_body_of_30_mb_passes_whole(front, fake):
 
 
 @needs("nginx")
-@pytest.mark.parametrize(("size", "whose"), [(33, "32 MB"), (65, "64 MB")], ids=["aiproxy's", "nginx's"])
+@pytest.mark.parametrize(("size", "whose"), [(33, "32 MB"), (513, "512 MB")], ids=["aiproxy's", "nginx's"])
 def test_a_body_too_large_is_refused_in_the_api_s_shape(front, fake, size, whose):
     before = len(fake.seen)
     with front.client() as client:
         head = f"POST /v1/messages HTTP/1.1\r\nhost: x\r\ncontent-length: {size << 20}\r\n\r\n"
         client.send(head.encode())
         with contextlib.suppress(OSError):  # nginx may answer before it has read all
-            for _ in range(size):
+            for _ in range(min(size, 33)):
                 client.send(b" " * (1 << 20))
         got = client.read()
     told = got.json()
