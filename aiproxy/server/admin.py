@@ -7,6 +7,7 @@ import base64
 import binascii
 import hmac
 import logging
+import math
 import time
 from urllib.parse import parse_qs
 
@@ -21,6 +22,7 @@ from . import usage_page
 from .routes import current_request, own_response, turn_away
 from .runtime import Service
 from .status import as_html, as_json
+from .throttle import Throttle
 
 _TEXT = "text/plain; charset=utf-8"
 _FRESH = [("cache-control", "no-store")]
@@ -42,6 +44,7 @@ _PAGE = [
 def create_console(service: Service) -> flask.Blueprint:
     """The routes."""
     blueprint = flask.Blueprint("console", __name__)
+    throttle = Throttle(time.monotonic)
 
     @blueprint.get("/healthz", provide_automatic_options=False)
     def healthz() -> flask.Response:
@@ -64,7 +67,7 @@ def create_console(service: Service) -> flask.Blueprint:
     @blueprint.get("/status", provide_automatic_options=False)
     def status() -> flask.Response:
         """The page, or the same as JSON."""
-        if challenge := _challenge():
+        if challenge := _challenge(throttle):
             return challenge
         wanted = flask.request.accept_mimetypes.best_match(["text/html", "application/json"], "text/html")
         if wanted == "application/json":
@@ -74,7 +77,7 @@ def create_console(service: Service) -> flask.Blueprint:
     @blueprint.get("/usage", provide_automatic_options=False)
     def usage() -> flask.Response:
         """Who spent what."""
-        if challenge := _challenge():
+        if challenge := _challenge(throttle):
             return challenge
         query = usage_page.Query.of(flask.request.args)
         budgets = service.runtime.budgets
@@ -86,7 +89,7 @@ def create_console(service: Service) -> flask.Blueprint:
     @blueprint.get("/usage.csv", provide_automatic_options=False)
     def usage_csv() -> flask.Response:
         """One table of that page."""
-        if challenge := _challenge():
+        if challenge := _challenge(throttle):
             return challenge
         query, table = usage_page.Query.of(flask.request.args), flask.request.args.get("table", "")
         content = usage_page.as_csv(_report(service, query), query, table)
@@ -96,7 +99,7 @@ def create_console(service: Service) -> flask.Blueprint:
     @blueprint.post("/status", provide_automatic_options=False)
     def act() -> flask.Response:
         """A button of the page."""
-        if challenge := _challenge():
+        if challenge := _challenge(throttle):
             return challenge
         _check_origin()
         form = parse_qs(current_request().body.read(_LARGEST_FORM).decode(errors="replace"))
@@ -118,14 +121,20 @@ def _report(service: Service, query: usage_page.Query) -> Report:
         raise ApiError(503, "api_error", f"The ledger cannot be read: {error}") from None
 
 
-def _challenge() -> flask.Response | None:
+def _challenge(throttle: Throttle) -> flask.Response | None:
     """What a request without the admin key gets; None with it. Without such a setting there is no page."""
     key = current_request().runtime.config.admin_key
     if key is None:
         raise ApiError(404, "not_found_error", "aiproxy has no admin_key, and so no status page.")
-    password = _password(flask.request.headers.get("authorization", ""))
-    if hmac.compare_digest(password, key.encode()):
+    address, authorization = current_request().address, flask.request.headers.get("authorization", "")
+    if seconds := throttle.must_wait(address):
+        message = "Too many wrong passwords came from this address."
+        raise ApiError(429, "rate_limit_error", message, retry_after=math.ceil(seconds))
+    if hmac.compare_digest(_password(authorization), key.encode()):
+        throttle.succeeded(address)
         return None
+    if authorization:  # browsers ask without a password first
+        throttle.failed(address)
     error = ApiError(401, "authentication_error", "The password is aiproxy's admin_key, the user any name.")
     headers: Pairs = [("www-authenticate", 'Basic realm="aiproxy", charset="UTF-8"'), *_FRESH]
     return turn_away(error, headers)

@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from ..api.body import Body, members, text
-from .shared_state import OWNER, State
+from .shared_state import LONGEST_ID, OWNER, State
 
 #: Messages remembered; the oldest go first.
 LIMIT = 10_000
@@ -28,7 +28,9 @@ class Owners:
         self._owners: OrderedDict[str, tuple[str, float]] = OrderedDict()
 
     def note(self, message_id: str, upstream: str) -> None:
-        """Remember that `upstream` made the message."""
+        """Remember that `upstream` made the message, unless its id is longer than any real one."""
+        if len(message_id) > LONGEST_ID:
+            return
         with self._lock:
             self._owners[message_id] = (upstream, self._clock() + LIFETIME)
             self._owners.move_to_end(message_id)

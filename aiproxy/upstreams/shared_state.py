@@ -50,7 +50,8 @@ _CLOSED = 10.0
 _ROWS = 8
 #: Seconds after which the rows of the previous call are too old.
 _ROWS_AGE = 60.0
-_LONGEST_ID = 200
+#: Characters of an id of a message; a longer one is not remembered.
+LONGEST_ID = 200
 _T = TypeVar("_T")
 #: Makes one snapshot of several.
 Merge = Callable[[list[msgspec.Raw]], bytes]
@@ -772,4 +773,4 @@ def _decoded(rows: Mapping[str, bytes]) -> dict[str, Row]:
 
 def _key(message_id: str) -> str:
     """An id as a store can hold it: an upstream or a client may send half a surrogate pair."""
-    return message_id[:_LONGEST_ID].encode(errors="backslashreplace").decode()
+    return message_id[:LONGEST_ID].encode(errors="backslashreplace").decode()

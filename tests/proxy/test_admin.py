@@ -318,3 +318,16 @@ def test_a_failure_of_another_day_is_shown_with_its_date(upstream, monkeypatch):
     now += 3 * 24 * 3600
     page = app.test_client().get("/status", headers=basic(ADMIN)).text
     assert "<time>2027-01-15 08:00:00 UTC</time>" in page
+
+
+def test_after_five_wrong_passwords_an_address_must_wait(upstream):
+    app = app_of(upstream(), admin_key=ADMIN)
+    ask = app.test_client()
+    statuses = [ask.get("/status", headers=basic("wrong")).status_code for _ in range(6)]
+    assert statuses == [401] * 5 + [429]
+    reply = ask.get("/status", headers=basic(ADMIN))
+    assert (reply.status_code, reply.headers["retry-after"]) == (429, "1")
+    other = {"environ_overrides": {"REMOTE_ADDR": "127.0.0.2"}, "headers": basic(ADMIN)}
+    assert ask.get("/status", **other).status_code == 200
+    figures = ask.get("/metrics").get_data(as_text=True)
+    assert 'aiproxy_refused_total{client="unknown",reason="authentication_error"} 5.0' in figures
