@@ -15,6 +15,7 @@ import msgspec
 from ..errors import ApiError
 
 _MEMBERS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_ASSISTANT = re.compile(rb'"role"\s*:\s*"assistant"')
 _THINKING = re.compile(rb'"type"\s*:\s*"(?:redacted_)?thinking"')
 _WHITE_SPACE = re.compile(r"[ \t\n\r]*")
 #: Members that may name further models.
@@ -64,6 +65,11 @@ class Body(msgspec.Struct, frozen=True):
             for piece in (b",", msgspec.json.encode(name), b":", value)
         ]
         return b"".join([b"{", *pieces[1:], b"}"])
+
+    @property
+    def begins_conversation(self) -> bool:
+        """Whether no turn of the model's is in it yet."""
+        return _ASSISTANT.search(self.members.get("messages", b"")) is None
 
     @property
     def has_thinking(self) -> bool:

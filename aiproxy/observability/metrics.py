@@ -38,6 +38,7 @@ _LARGEST = (
     "aiproxy_budget_used_ratio",
     "aiproxy_last_reload_success",
     "aiproxy_last_reload_timestamp_seconds",
+    "aiproxy_rate_limit_left_ratio",
     _RELOADS,
 )
 _FIRST_BYTE = (0.1, 0.25, 0.5, 1, 1.5, 2, 3, 5, 7.5, 10, 15, 20, 30, 45, 60, 90, 120)
@@ -142,6 +143,12 @@ class Metrics:
     def refused(self, reason: str, client: str | None) -> None:
         """A request that aiproxy itself refused; `reason` is the type of its error."""
         self._refusals.labels(reason, "unknown" if client is None else _clean(client)).inc()
+
+    def rate_limits(self, upstream: str, left: Mapping[str, float]) -> None:
+        """What is left of an upstream's rate limits, by model, as a part of each."""
+        for model, share in left.items():
+            if model in self._models:  # the names of others are the clients'
+                self._limits_left.labels(_clean(upstream), _clean(model)).set(share)
 
     def load(self, in_flight: int, limit: int, dropped_lines: int) -> None:
         """Requests in flight, how many there may be, and lines of the log that could not be written."""
@@ -317,6 +324,12 @@ class Metrics:
         self._in_flight = Gauge("aiproxy_in_flight", "Requests in flight.", registry=into)
         self._limit = Gauge(
             "aiproxy_in_flight_limit", "How many may be in flight; more get 529.", registry=into
+        )
+        self._limits_left = Gauge(
+            "aiproxy_rate_limit_left_ratio",
+            "What is left of the scarcest of an upstream's rate limits for a model, as a part of it.",
+            ("upstream", "model"),
+            registry=into,
         )
         self._dropped_lines = Gauge(
             "aiproxy_log_dropped_lines",

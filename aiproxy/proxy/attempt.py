@@ -127,6 +127,7 @@ class Attempt:
         self.first_byte = time.monotonic() - self._began
         self.status = response.status
         self.upstream_request_id = value_of(response.headers, "request-id")
+        self.upstream.rate_limits.note(self.model, response.headers)
         self._log_headers("upstream_answer", response.headers)
         if response.status >= 400:
             return self._error_status(response)

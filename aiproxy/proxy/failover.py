@@ -1,7 +1,9 @@
 """Which upstreams a request may ask, and the failover loop: one after the other, until one answers."""
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 
+from ..api.headers import value_of
 from ..errors import ApiError
 from ..transport.wait import Interrupted
 from ..upstreams.affinity import key_of, rank
@@ -12,6 +14,8 @@ from .attempt import Answer, Attempt, Tools
 from .exchange import Exchange, Reply
 from .request import Request
 
+#: Claude Code's word that the cached prefix is dead: the conversation may as well move.
+_COMPACTED = "x-claude-code-context-compacted"
 #: Seconds for which an upstream that lacks the counting of tokens is not asked to count.
 WITHOUT_COUNTING = 3600.0
 
@@ -51,7 +55,12 @@ class Failover:
         serving = self._serving(request)
         key = self._affinity_key(request)
         preferred = [*self._thread_owner(request, serving), *(rank(serving, key) if key else ())]
-        candidates = self._balancer.candidates(serving, request.body.model, exchange, preferred)
+        spared: Sequence[Upstream] = ()
+        if [each for each in serving if each.rate_limits.was_low]:
+            spared = self._spared(request, serving)
+            if key is not None:
+                preferred = self._where_it_moved(key, request, preferred, spared)
+        candidates = self._balancer.candidates(serving, request.body.model, exchange, preferred, spared)
         return self._handle(exchange, candidates)
 
     def count_tokens(self, exchange: Exchange) -> Reply:
@@ -110,6 +119,26 @@ class Failover:
                     return exchange.reply(attempt, result)
                 exchange.record(attempt, result)
         return None
+
+    def _spared(self, request: Request, serving: Sequence[Upstream]) -> list[Upstream]:
+        """Upstreams whose rate limit for the model is nearly used up: they get no new conversations."""
+        model = request.body.model
+        low = [each for each in serving if each.rate_limits.is_low(each.model_for(model))]
+        is_new = low and (request.body.begins_conversation or value_of(request.headers, _COMPACTED))
+        return low if is_new and len(low) < len(serving) else []
+
+    def _where_it_moved(
+        self, key: str, request: Request, preferred: list[Upstream], spared: Sequence[Upstream]
+    ) -> list[Upstream]:
+        """A conversation that began elsewhere, while its home was low, stays there."""
+        conversation = f"{request.body.model} {key}".encode(errors="replace")
+        session = f"session {hashlib.sha256(conversation).hexdigest()}"
+        if spared:
+            first = next(each for each in preferred if each not in spared)
+            self._owners.note(session, first.name)
+            return preferred
+        owner = self._owners.owner(session)
+        return sorted(preferred, key=lambda each: each.name != owner)
 
     def _serving(self, request: Request) -> list[Upstream]:
         serving = self._balancer.serving(request.body.model)

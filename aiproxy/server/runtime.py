@@ -172,6 +172,8 @@ class Service:
     def update_gauges(self) -> None:
         """Tell the metrics how the circuits are now: time alone changes them."""
         self.metrics.circuits({each.name: each.state for each in self.runtime.balancer.upstreams})
+        for each in self.runtime.balancer.upstreams:
+            self.metrics.rate_limits(each.name, each.rate_limits.shares())
         self.metrics.load(self._in_flight.count, self._in_flight.limit, logs.dropped())
         budgets = self.runtime.budgets
         if budgets is not None and self.ledger is not None:
@@ -328,7 +330,8 @@ class Service:
         journal = Journal(_redactor(config, self._fetched), self.metrics, self.history, prices, self.ledger)
         self.history.keep(settings.name for settings in enabled)
         models = Models.of(enabled)
-        self.metrics.know_models(models.names)
+        mapped = (model for settings in enabled for model in settings.model_mappings.values())
+        self.metrics.know_models([*models.names, *mapped])
         tools = Tools(self._transport, config.timeouts, journal.redactor)
         return Runtime(
             config=config,

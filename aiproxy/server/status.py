@@ -34,6 +34,8 @@ class Row(msgspec.Struct, frozen=True):
     first_byte: float | None  # the median, in seconds
     cache_read_share: float | None
     tokens: Tokens
+    backoffs: dict[str, float]  # seconds until each of these models is asked again
+    limits_left: dict[str, float]  # of the scarcest rate limit, as a part of it, by model
     last_failures: list[Failed]
     minutes: list[Minute]
 
@@ -128,6 +130,8 @@ def rows(upstreams: Sequence[Upstream], history: History, others: Sequence[Snaps
             first_byte=record.first_byte,
             cache_read_share=record.cache_read_share,
             tokens=record.tokens,
+            backoffs=upstream.models.backoffs(),
+            limits_left=upstream.rate_limits.shares(),
             last_failures=record.failures,
             minutes=record.minutes,
         )

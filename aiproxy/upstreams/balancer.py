@@ -147,22 +147,28 @@ class Balancer:
         return [upstream for upstream in self.upstreams if upstream.serves(model)]
 
     def candidates(
-        self, among: Sequence[Upstream], model: str, progress: Progress, preferred: Sequence[Upstream] = ()
+        self,
+        among: Sequence[Upstream],
+        model: str,
+        progress: Progress,
+        preferred: Sequence[Upstream] = (),
+        spared: Sequence[Upstream] = (),
     ) -> Iterator[Candidate]:
         """The upstreams that one request asks, in order, each at most once; the caller settles each.
 
         First the usable ones, `preferred` before the others; after a failure those of the same organization
         first, which alone can read the conversation's thinking blocks and caches. Then, as the last resort,
         those in backoff, the one due first, and those with an open circuit if `progress` allows it. `model`
-        is the client's.
+        is the client's. `spared` ones are usable, and are asked after the other usable ones.
         """
         left = list(among)
         # A turn after a failure costs as much as the first one: the others then keep their shares.
         price = sum(upstream.weight for upstream in left if upstream.usable(model))
         tried: set[str] = set()
         while True:
-            same = [each for each in left if each.settings.organization in tried]
-            candidate = self._usable(same, model, preferred, price) if same else None
+            first = [each for each in left if each.settings.organization in tried]
+            first = first or [each for each in left if each not in spared] if spared else first
+            candidate = self._usable(first, model, preferred, price) if first else None
             candidate = candidate or self._usable(left, model, preferred, price)
             if candidate is None:
                 break

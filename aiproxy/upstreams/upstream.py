@@ -8,6 +8,7 @@ from ..api.headers import Pairs
 from ..config import UpstreamSettings
 from .breaker import Breaker
 from .models import ModelStates
+from .rate_limits import RateLimits
 from .refusals import Refusals
 from .shared_state import Shared
 from .tokens import TokenCommand
@@ -24,6 +25,7 @@ class Upstream:
         self.breaker = breaker
         self.models = ModelStates(breaker.cooldown, breaker.clock)
         self.refusals = Refusals(breaker.clock)
+        self.rate_limits = RateLimits(breaker.clock)
         self.name = settings.name
         self.weight = settings.weight
         #: The processes that have the same upstream.
@@ -62,7 +64,7 @@ class Upstream:
 
     def keep_health_of(self, old: "Upstream") -> None:
         """Take over what is known of the same account's models and refusals; the breaker is shared anyway."""
-        self.models, self.refusals = old.models, old.refusals
+        self.models, self.refusals, self.rate_limits = old.models, old.refusals, old.rate_limits
         self.models.cooldown = self.breaker.cooldown
 
     def usable(self, model: str) -> bool:

@@ -4,6 +4,7 @@ import json
 import random
 import re
 from collections import Counter
+from datetime import UTC, datetime, timedelta
 from urllib.parse import urlsplit
 
 import pytest
@@ -26,13 +27,17 @@ class Accounts:
 
     def __init__(self):
         self.reply = lambda name, asked: (200, message_json())
+        self.left = {}  # by account: what is left of 100 requests
         self.asked = []
 
     def exchange(self, request):
         name = urlsplit(request.url).hostname.removesuffix(".test")
         self.asked.append(name)
         status, content = self.reply(name, json.loads(request.body))
-        return status, {}, content
+        reset = (datetime.now(UTC) + timedelta(seconds=60)).isoformat()
+        limits = {"limit": "100", "remaining": str(self.left.get(name)), "reset": reset}
+        headers = {f"anthropic-ratelimit-requests-{what}": value for what, value in limits.items()}
+        return status, headers if name in self.left else {}, content
 
     def client(self, weights, affinity="prompt_cache", clock=None, models=None, **settings):
         """The proxy in front of them."""
@@ -171,3 +176,62 @@ def test_a_session_goes_only_where_its_model_is_served(accounts):
         client.post("/v1/messages", json=request_of(SESSIONS[0], model="x"), buffered=True).status_code == 500
     )
     assert sorted(accounts.asked) == ["a", "b"]
+
+
+def later_turn(session):
+    """A request with a turn of the model's in it."""
+    turns = [{"role": "assistant", "content": "Yes."}, {"role": "user", "content": "And now?"}]
+    asked = request_of(session)
+    return asked | {"messages": [*asked["messages"], *turns]}
+
+
+def sessions_at(name):
+    """Sessions that have their home there."""
+    return [session for session in SESSIONS if ranking(session)[0] == name]
+
+
+def test_new_conversations_avoid_an_upstream_whose_rate_limit_is_nearly_used_up(accounts):
+    clock = Clock()
+    client = accounts.client(WEIGHTS, clock=clock)
+    begun, new, *_ = sessions_at("a")
+    accounts.left = {"a": 5}
+    assert home(client, request_of(begun)) == "a"  # its answer says how little is left
+    assert home(client, request_of(new)) == ranking(new)[1]
+    assert home(client, later_turn(begun)) == "a"
+    assert {home(client, request_of()) for _ in range(20)} == {"b", "c"}
+    assert home(client, request_of(new, model="n")) == "a"  # a limit is one model's
+    clock.now += 61
+    accounts.left = {}
+    assert home(client, later_turn(new)) == ranking(new)[1]  # where its cache is by now
+    assert home(client, request_of(sessions_at("a")[2])) == "a"
+    assert "a" in {home(client, request_of()) for _ in range(20)}
+
+
+def test_a_compacted_conversation_may_leave_an_upstream_with_little_left(accounts):
+    client = accounts.client(WEIGHTS)
+    session = sessions_at("a")[0]
+    accounts.left = {"a": 5}
+    assert home(client, request_of(session)) == "a"
+    assert home(client, later_turn(session)) == "a"
+    assert (
+        home(client, later_turn(session), [("X-Claude-Code-Context-Compacted", "1")]) == ranking(session)[1]
+    )
+    assert home(client, later_turn(session)) == ranking(session)[1]
+
+
+def test_where_little_is_left_everywhere_conversations_go_home(accounts):
+    client = accounts.client(WEIGHTS)
+    accounts.left = dict.fromkeys("abc", 5)
+    for name in "abc":
+        assert home(client, request_of(sessions_at(name)[0])) == name
+    for name in "abc":
+        assert home(client, request_of(sessions_at(name)[1])) == name
+
+
+def test_an_upstream_with_little_left_still_answers_where_the_others_fail(accounts):
+    client = accounts.client(WEIGHTS)
+    accounts.left = {"a": 5}
+    first, second, *_ = sessions_at("a")
+    assert home(client, request_of(first)) == "a"
+    accounts.reply = lambda name, asked: (200, message_json()) if name == "a" else (500, b"{}")
+    assert home(client, request_of(second)) == "a"

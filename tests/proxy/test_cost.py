@@ -39,11 +39,14 @@ def calls_of(upstream):
 
         for _ in range(2):
             ask()  # imports, caches, the connection
-        profile = cProfile.Profile()
-        profile.enable()
-        ask()
-        profile.disable()
-        return pstats.Stats(profile).total_calls
+        counts = []
+        for _ in range(3):
+            profile = cProfile.Profile()
+            profile.enable()
+            ask()
+            profile.disable()
+            counts.append(pstats.Stats(profile).total_calls)
+        return min(counts)  # what happens once a second now and then falls into a request
 
     return count
 

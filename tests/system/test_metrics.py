@@ -62,6 +62,7 @@ def busy(metrics):
     metrics.circuits({"one": "closed", "two": "open"})
     metrics.reloaded("applied")
     metrics.refused("billing_error", "me")
+    metrics.rate_limits("one", {"claude-x": 0.5, "of a client": 0.1})
     metrics.cost("me", "claude-x", "complete", 0.25)
     metrics.ledger({("me", "daily"): 0.5}, 0)
     return metrics
