@@ -126,13 +126,13 @@ def _output_of(*command: str) -> str:
     return (ran.stdout + ran.stderr).strip()
 
 
-def _aiproxy(workers: int) -> Callable[[Path, int, int], Command]:
-    """With the default settings; a model mapping, so that bodies are rewritten."""
+def _aiproxy(workers: int = 1, **settings: object) -> Callable[[Path, int, int], Command]:
+    """With the default settings but for `settings`; a model mapping, so that bodies are rewritten."""
 
     def start(folder: Path, port: int, upstream: int) -> Command:
         mapped = {MODEL: UPSTREAM_MODEL}
         one = {"name": "bench", "base_url": f"http://127.0.0.1:{upstream}", "token": "sk-test-upstream-0000"}
-        config = {"listen": port, "upstreams": [{**one, "model_mappings": mapped}]}
+        config = {"listen": port, "upstreams": [{**one, "model_mappings": mapped}], **settings}
         (folder / "config.yaml").write_text(json.dumps(config))  # which is YAML too
         gunicorn = str(ROOT / ".venv" / "bin" / "gunicorn")
         more = ["--workers", str(workers)] if workers > 1 else []
@@ -254,7 +254,8 @@ TARGETS = [
         _nginx("client_body_buffer_size 1m;"),
         only_large=True,
     ),
-    Target("aiproxy", lambda: False, _aiproxy_version, _aiproxy(1)),
+    Target("aiproxy", lambda: False, _aiproxy_version, _aiproxy()),
+    Target("aiproxy, no ledger", lambda: False, _aiproxy_version, _aiproxy(ledger="none")),
     Target("aiproxy, 2 workers", lambda: False, _aiproxy_version, _aiproxy(2)),
     Target(
         "claude-code-router",
