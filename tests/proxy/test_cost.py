@@ -46,7 +46,7 @@ def calls_of(upstream):
             ask()
             profile.disable()
             counts.append(pstats.Stats(profile).total_calls)
-        return min(counts)  # what happens once a second now and then falls into a request
+        return min(counts)  # some requests take a dozen calls more, by chance
 
     return count
 
