@@ -29,7 +29,7 @@ class Limit(msgspec.Struct, frozen=True):
     @property
     def share(self) -> float:
         """The part of it that is spent; 1 or more: it is used up."""
-        return self.spent / self.limit if self.limit else math.inf
+        return self.spent / self.limit if self.limit else 1.0  # JSON knows no infinity
 
 
 class Budgets:

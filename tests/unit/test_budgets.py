@@ -195,3 +195,12 @@ def test_own_spending_counts_once_when_the_ledger_has_it():
     assert [spending.of(client, day) for client in ("alice", "bob", None)] == [112, 1, 113]
     spending.replace({("2026-11-27", "alice"): 112}, {("2026-11-27", "alice"): 7})
     assert [spending.of(client, day) for client in ("alice", "bob", None)] == [112, 0, 112]
+
+
+def test_a_budget_of_zero_is_used_up_and_can_be_reported_to_other_workers(held):
+    one = held(Budget(daily=0))
+    (limit,) = one.budgets.every()
+    assert json.loads(json.dumps(limit.share, allow_nan=False)) == 1
+    one.spend(3)
+    assert one.budgets.every()[0].share == 1
+    assert one.refusal().message.startswith("The daily budget of the key alice is used up: $3.00 of $0.00")
