@@ -60,6 +60,7 @@ class Store:
     def close(self) -> None:
         """Give the connection back; raises nothing."""
         connection, self._connection = self._connection, None
+        self._version = None  # each connection counts for itself
         if connection is not None:
             with contextlib.suppress(self._error):
                 connection.close()

@@ -153,6 +153,17 @@ def test_rows_of_the_other_day_belong_to_it_when_midnight_passes_and_the_clock_i
     assert ledger.spending.of("alice", periods(clock[0])["weekly"]) == 111
 
 
+def test_what_others_wrote_while_there_was_no_connection_is_noticed(settings):
+    """SQLite counts changes for each connection alone, from the same figure on."""
+    one, other = Store(settings), Store(settings)
+    one.has_changed()
+    one.close()
+    other.write([row(1)])
+    assert one.has_changed()
+    for each in (one, other):
+        each.close()
+
+
 def test_old_rows_are_removed(settings):
     store = Store(settings)
     store.write([row(n, at=NOW - n * 24 * 3600) for n in range(10)])
