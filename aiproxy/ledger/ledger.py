@@ -48,6 +48,7 @@ class Ledger:
         self._is_read = threading.Event()
         self._problem: str | None = None
         self._read_at = self._tidied_at = float("-inf")
+        self._read_from = "9999"  # the first day of the sums; earlier ones count when the clock is set back
         self._unread: Counter[tuple[str, str]] = Counter()  # written, and not in the sums yet
 
     @property
@@ -121,15 +122,17 @@ class Ledger:
 
     def _turn(self, store: Store) -> None:
         self._write(store)
-        if store.has_changed() or self._unread:
-            first = min(period.first for period in periods(self._clock()).values())
+        first = min(period.first for period in periods(self._clock()).values())
+        if store.has_changed() or self._unread or first < self._read_from:
             self.spending.replace(store.spent(first), self._unread)
             self._unread.clear()
+            self._read_from = first
         now = self._read_at = time.monotonic()
         self._is_read.set()
         if now >= self._tidied_at + _RETENTION:
             before = self._clock() - self._settings.days * _DAY
-            if store.forget(before, day_of(before), _FORGOTTEN) < _FORGOTTEN:
+            # Budgets need the sums of their periods, for however few days rows are kept.
+            if store.forget(before, min(first, day_of(before)), _FORGOTTEN) < _FORGOTTEN:
                 self._tidied_at = now
 
     def _write(self, store: Store) -> None:

@@ -6,6 +6,7 @@ import sqlite3
 import threading
 import time
 
+import msgspec
 import pytest
 from fakes import await_that
 from ledger_rows import costs, random_rows, row
@@ -19,7 +20,7 @@ from aiproxy.ledger.spending import periods
 from aiproxy.ledger.store import LedgerError, Store
 from aiproxy.observability import logs
 
-NOW = 1_795_000_000.0
+NOW, DAY = 1_795_000_000.0, 24 * 3600
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +173,32 @@ def test_old_rows_are_removed(settings):
     assert sorted(row.id for row in store.exchanges(99)) == [f"req_{n}" for n in range(6)]
     assert sum(each.requests for each in store.sums("2000-01-01", "client").values()) == 6
     store.close()
+
+
+def test_a_month_counts_to_its_end_for_however_few_days_rows_are_kept(settings, running):
+    now = 1_795_780_800.0  # 2026-11-27T12:00:00
+    store = Store(settings)
+    store.write([row(1, at=now - 25 * DAY, cost=7), row(2, at=now - 60 * DAY), row(3, at=now, cost=1)])
+    ledger = running(msgspec.structs.replace(settings, days=2), lambda: now)
+    await_that(lambda: [each.id for each in store.exchanges(9)] == ["req_3"])
+    ledger.add(row(4, at=now, cost=1))
+    await_that(lambda: len(store.exchanges(9)) == 2 and ledger.problem is None)
+    again = running(settings, lambda: now)
+    for each in (ledger, again):
+        assert each.spending.of("alice", periods(now)["monthly"]) == 9
+    assert set(store.sums("2000-01-01", "day")) == {"2026-11-02", "2026-11-27"}
+    store.close()
+
+
+def test_a_clock_that_is_set_back_over_the_end_of_a_month_finds_the_month_s_spending(settings, running):
+    clock = [1_796_083_230.0]  # 2026-12-01T00:00:30
+    store = Store(settings)
+    store.write([row(1, at=clock[0] - 26 * DAY, cost=70)])
+    store.close()
+    ledger = running(settings, lambda: clock[0])
+    assert ledger.spending.of("alice", periods(clock[0])["monthly"]) == 0
+    clock[0] -= 60
+    await_that(lambda: ledger.spending.of("alice", periods(clock[0])["monthly"]) == 70, 2)
 
 
 def test_a_thing_is_announced_once(settings):
