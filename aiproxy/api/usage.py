@@ -29,7 +29,9 @@ class Tokens(msgspec.Struct, frozen=True):
     cache_write_1h: int = 0
 
     def __add__(self, other: "Tokens") -> "Tokens":
-        return Tokens(*map(int.__add__, msgspec.structs.astuple(self), msgspec.structs.astuple(other)))
+        """The sums, which are no larger than a single figure may be."""
+        pairs = zip(msgspec.structs.astuple(self), msgspec.structs.astuple(other), strict=True)
+        return Tokens(*(min(sum(pair), _MOST) for pair in pairs))
 
     @property
     def prompt(self) -> int:

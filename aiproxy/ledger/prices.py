@@ -12,6 +12,9 @@ from ..config import Price, UpstreamSettings
 NANO = 10**9
 _PICO = 1000  # pico-dollars in a nano-dollar: prices may have six digits after the point
 _MILLION = 10**6
+#: What one exchange costs at most, in nano-dollars: $100,000. An upstream may report nonsense, and the sums
+#: of many such exchanges must still fit the 64 bits that databases have.
+_MOST = 100_000 * NANO
 #: How many times the price tokens of `speed: fast` cost, beside the exceptions.
 _FAST, _FAST_OF = 2, {"claude-opus-4-6": 6, "claude-opus-4-7": 6}
 #: What tokens of `inference_geo: us` and of `service_tier: batch` cost, in millionths of the price.
@@ -70,7 +73,7 @@ class Bill(msgspec.Struct, frozen=True):
     @property
     def nano(self) -> int:
         """The cost in nano-dollars, rounded half up."""
-        return (self.pico + _PICO // 2) // _PICO
+        return min((self.pico + _PICO // 2) // _PICO, _MOST)
 
 
 class Rates(msgspec.Struct, frozen=True):

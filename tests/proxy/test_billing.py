@@ -225,6 +225,18 @@ def test_a_model_without_a_price_is_billed_at_the_dearest_and_marked(ledger, ups
     assert (row.is_unpriced, row.cost) == (1, 15_000_000_000)
 
 
+def test_an_exchange_of_absurd_figures_does_not_keep_others_out_of_the_ledger(ledger, upstream):
+    most = dict.fromkeys(USAGE, 10**11 - 1)
+    absurd = {**most, "iterations": [{"type": "compaction", **most}] * 5000}
+    absurd["server_tool_use"] = {"web_search_requests": 10**11 - 1}
+    client = ledger.app(upstream(answer(usage=USAGE), answer(usage=absurd), answer(usage=USAGE)))
+    for _ in range(3):
+        assert client.post("/v1/messages", json=ASK).status_code == 200
+    costs = sorted(row.cost for row in ledger.rows())
+    assert costs[:2] == [billed(USAGE)] * 2
+    assert 90_000 * costs[2] < 2**63  # as many of them fit the day's sums
+
+
 def test_odd_texts_of_clients_and_upstreams_are_stored(ledger, upstream):
     odd = "m\0odel" + "\N{GRINNING FACE}" * 300
     client = ledger.app(upstream(answer(usage=USAGE)), timeouts=Timeouts(answer=5))
