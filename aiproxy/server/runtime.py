@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 import msgspec
 
 from .. import __version__
-from ..config import Config, UpstreamSettings, check_addresses, secrets_in
+from ..config import Config, ConfigError, UpstreamSettings, check_addresses, secrets_in
 from ..ledger.budgets import Budgets
 from ..ledger.ledger import Ledger
 from ..ledger.prices import Prices
@@ -134,11 +134,15 @@ class Service:
         return Serving(Wait(client, self._shutdown), self.runtime.config.timeouts.idle)
 
     def apply(self, config: Config, digest: str) -> None:
-        """Serve by another configuration from now on. Raises `ConfigError` where its addresses forbid it.
+        """Serve by another configuration from now on.
 
-        Upstreams that stay keep the state of their circuits and their place in the round robin.
+        Raises `ConfigError` where the addresses forbid it, and where it has budgets but this process was
+        started without a ledger. Upstreams that stay keep the state of their circuits and their place in the
+        round robin.
         """
         check_addresses(config, self._addresses)
+        if config.has_budgets and self.ledger is None:
+            raise ConfigError(["ledger: aiproxy was started without one, and budgets need it: restart it"])
         old = self.runtime
         self._transport.connect_timeout = config.timeouts.connect
         self._in_flight.configure(config.max_in_flight)

@@ -4,6 +4,7 @@ import datetime
 import hashlib
 import threading
 
+import msgspec
 import pytest
 from fakes import ASK, RawClient, answer, await_that, hang
 from in_process import client_of
@@ -202,6 +203,22 @@ def test_an_upstream_s_own_headers_of_that_name_pass_only_without_a_budget(upstr
     assert "anthropic-ratelimit-unified-5h-reset" not in ask(client).headers
     bob = client.post("/v1/messages", json=ASK, headers={"x-api-key": "sk-test-bob"})
     assert bob.headers["anthropic-ratelimit-unified-5h-reset"] == "1"
+
+
+def test_budgets_are_refused_by_a_process_that_was_started_without_a_ledger(upstream, tmp_path):
+    client = client_of(upstream(), api_keys=(key(),), ledger=None)
+    service = client.application.extensions["aiproxy"]
+    old = service.runtime
+    changed = msgspec.structs.replace(
+        old.config,
+        api_keys=(key(budget=Budget(daily=1)),),
+        ledger=LedgerSettings(file=str(tmp_path / "l.db")),
+    )
+    with pytest.raises(ConfigError, match="started without one, and budgets need it"):
+        service.apply(changed, "digest")
+    assert service.runtime is old
+    service.apply(msgspec.structs.replace(changed, api_keys=(key("bob"),)), "digest")
+    assert [each.name for each in service.runtime.config.api_keys] == ["bob"]
 
 
 def test_without_a_ledger_nobody_can_be_told_what_was_spent(upstream):
