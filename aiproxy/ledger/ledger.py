@@ -119,6 +119,11 @@ class Ledger:
             self._stopped.wait(BATCH)
         if store is not None:
             store.close()
+        with self._lock:
+            if self._queue:
+                self.dropped += len(self._queue)
+                logs.line(logging.ERROR, "ledger", result="dropped", rows=len(self._queue))
+                self._queue.clear()
 
     def _turn(self, store: Store) -> None:
         self._write(store)

@@ -1,5 +1,6 @@
 """The ledger's tables and its writing thread, in SQLite and in PostgreSQL, with everything that can fail."""
 
+import contextlib
 import resource
 import signal
 import sqlite3
@@ -240,6 +241,19 @@ def test_a_locked_file_delays_rows_and_nothing_else(file, running, capsys, monke
     backup.close()
     await_that(lambda: written(file) == {"alice": 150_000_000_000})
     await_that(lambda: said() == ["away", "back"])
+
+
+def test_rows_that_a_stop_cannot_write_are_counted_and_named(file, running, capsys, monkeypatch):
+    said = listen(capsys)
+    monkeypatch.setattr("aiproxy.ledger.store.PATIENCE", 0.1)
+    ledger = running(file)
+    with contextlib.closing(sqlite3.connect(file.file, isolation_level=None)) as backup:
+        backup.execute("BEGIN EXCLUSIVE")
+        for n in range(5):
+            ledger.add(row(n))
+        ledger.stop()
+    assert ledger.dropped == 5
+    assert said() == ["away", "dropped"]
 
 
 def test_a_full_disk_delays_rows_until_there_is_room(file, running, capsys):
