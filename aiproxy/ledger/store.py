@@ -198,6 +198,11 @@ class Store:
             str(self._settings.url),
             connect_timeout=int(PATIENCE),
             options=f"-c statement_timeout={PATIENCE * 1000:.0f}",
+            # Without these a lost network is noticed after a quarter of an hour, and an idle one never.
+            tcp_user_timeout=int(PATIENCE * 1000),
+            keepalives_idle=int(PATIENCE),
+            keepalives_interval=1,
+            keepalives_count=int(PATIENCE),
             application_name="aiproxy",
             prepare_threshold=None,  # a pooler may give each transaction another connection
         )

@@ -1,14 +1,18 @@
 """The ledger's tables and its writing thread, in SQLite and in PostgreSQL, with everything that can fail."""
 
 import contextlib
+import os
 import resource
 import signal
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 
 import msgspec
 import pytest
+from conftest import NOTHING_IS_SKIPPED
 from fakes import await_that
 from ledger_rows import costs, random_rows, row
 from postgresql_server import PostgresqlServer, needs_postgresql
@@ -313,6 +317,42 @@ def test_a_server_that_is_away_delays_rows_and_nothing_else(server, running, cap
     await_that(lambda: ledger.problem is None, 10)
     await_that(lambda: written(settings) == {"alice": 50 * 1_500_000_000})
     await_that(lambda: said() == ["away", "back"])
+
+
+# Run in a network of its own, which is taken down.
+LOST_NETWORK = """
+import fcntl, socket, struct, time
+from fakes import await_that
+from ledger_rows import row
+from postgresql_server import PostgresqlServer
+from aiproxy.config import LedgerSettings, Secret
+from aiproxy.ledger import ledger, store
+
+def network(is_up):
+    with socket.socket() as any_socket:  # 0x8914: SIOCSIFFLAGS, whose flag 1 is IFF_UP
+        fcntl.ioctl(any_socket, 0x8914, struct.pack("16sh14x", b"lo", is_up))
+
+store.PATIENCE = 1.0
+network(True)
+with PostgresqlServer() as server:
+    kept = ledger.Ledger(LedgerSettings(url=Secret(server.url)), time.time)
+    kept.start(is_awaited=True)
+    network(False)
+    kept.add(row(1))
+    await_that(lambda: kept.problem is not None, 6)
+    network(True)
+    await_that(lambda: kept.problem is None and not kept.is_out_of_reach, 6)
+    assert kept.read(lambda found: [each.id for each in found.exchanges(9)]) == ["req_1"]
+    kept.stop()
+"""
+
+
+@needs_postgresql
+@pytest.mark.skipif(os.geteuid() != 0 and not NOTHING_IS_SKIPPED, reason="only root takes a network down")
+def test_a_lost_network_is_noticed_as_soon_as_a_server_that_is_gone():
+    command = ["unshare", "--net", sys.executable, "-c", LOST_NETWORK]
+    environ = {"PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run(command, check=True, timeout=40, env=environ)
 
 
 def test_no_reason_shows_the_password():
