@@ -17,6 +17,8 @@ _MILLION = 10**6
 _MOST = 100_000 * NANO
 #: How many times the price tokens of `speed: fast` cost, beside the exceptions.
 _FAST, _FAST_OF = 2, {"claude-opus-4-6": 6, "claude-opus-4-7": 6}
+#: Characters of a model's name whose price is remembered.
+_LONGEST_NAME = 200
 #: What tokens of `inference_geo: us` and of `service_tier: batch` cost, in millionths of the price.
 _US, _BATCH = 1_100_000, 500_000
 
@@ -119,7 +121,7 @@ class Prices:
             price for table in (prices, *(each.prices for each in upstreams)) for price in table.values()
         ]
         self._dearest = max(known, key=lambda price: (price.output, price.input))
-        self._rates = functools.lru_cache(maxsize=1024)(self._found)  # clients choose the names
+        self._found_before = functools.lru_cache(maxsize=1024)(self._found)
 
     def bill(self, usage: Usage, upstream: str, upstream_model: str, model: str) -> Bill:
         """What an answer used and what it costs.
@@ -165,6 +167,11 @@ class Prices:
         if usage.says("service_tier", "batch"):
             pico = pico * _BATCH // _MILLION
         return Bill(tokens, pico=pico, is_priced=rates.is_known)
+
+    def _rates(self, upstream: str, names: tuple[str, ...], is_long: bool) -> Rates:
+        """As `_found`, which is remembered for names of usual lengths: clients choose them."""
+        is_usual = all(len(name) <= _LONGEST_NAME for name in names)
+        return (self._found_before if is_usual else self._found)(upstream, names, is_long)
 
     def _found(self, upstream: str, names: tuple[str, ...], is_long: bool) -> Rates:
         """Those of the first name that has a price; else the dearest that there are."""

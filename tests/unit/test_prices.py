@@ -1,6 +1,7 @@
 """What answers cost, compared with an arithmetic of its own."""
 
 import random
+import tracemalloc
 from fractions import Fraction
 
 import pytest
@@ -125,6 +126,16 @@ def test_an_upstream_s_own_price_and_multiplier_count_first():
     assert nano({"input_tokens": 1_000_000}, of=own) == dollars("1.7")
     assert nano({"output_tokens": 1_000_000}, "claude-other-1", of=own) == dollars("1.7")
     assert nano({"server_tool_use": {"web_search_requests": 1000}}, of=own) == dollars("8.5")
+
+
+def test_long_names_that_clients_make_up_are_not_kept_in_memory():
+    one = prices()
+    tracemalloc.start()
+    for n in range(100):
+        one.estimate(Tokens(input=1), "a", f"claude-{n}" + "x" * 200_000, "claude-test")
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept < 1_000_000
 
 
 @pytest.mark.parametrize(("prompt", "cost"), [(100_000, "0.01"), (100_001, "0.0500005")])
