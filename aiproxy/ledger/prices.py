@@ -17,8 +17,8 @@ _MILLION = 10**6
 _MOST = 100_000 * NANO
 #: How many times the price tokens of `speed: fast` cost, beside the exceptions.
 _FAST, _FAST_OF = 2, {"claude-opus-4-6": 6, "claude-opus-4-7": 6}
-#: Characters of a model's name whose price is remembered.
-_LONGEST_NAME = 200
+#: Characters in all of names of models whose price is remembered.
+_LONGEST_NAMES = 400
 #: What tokens of `inference_geo: us` and of `service_tier: batch` cost, in millionths of the price.
 _US, _BATCH = 1_100_000, 500_000
 
@@ -75,7 +75,8 @@ class Bill(msgspec.Struct, frozen=True):
     @property
     def nano(self) -> int:
         """The cost in nano-dollars, rounded half up."""
-        return min((self.pico + _PICO // 2) // _PICO, _MOST)
+        nano = (self.pico + _PICO // 2) // _PICO
+        return nano if nano < _MOST else _MOST
 
 
 class Rates(msgspec.Struct, frozen=True):
@@ -170,7 +171,7 @@ class Prices:
 
     def _rates(self, upstream: str, names: tuple[str, ...], is_long: bool) -> Rates:
         """As `_found`, which is remembered for names of usual lengths: clients choose them."""
-        is_usual = all(len(name) <= _LONGEST_NAME for name in names)
+        is_usual = len("".join(names)) <= _LONGEST_NAMES
         return (self._found_before if is_usual else self._found)(upstream, names, is_long)
 
     def _found(self, upstream: str, names: tuple[str, ...], is_long: bool) -> Rates:

@@ -48,7 +48,7 @@ class Incoming(msgspec.Struct):
     method: str
     path: str
     body: RequestBody
-    key: ClientKey | None = None  # the client's, once it is known
+    client: str | None = None  # the name of the client's key, once it is known
 
     @property
     def address(self) -> str:
@@ -112,11 +112,10 @@ def create_blueprint(service: Service) -> flask.Blueprint:
     @route("/v1/usage", "GET")
     def usage() -> flask.Response:
         incoming = current_request()
-        key = _check_key(incoming)
+        _check_key(incoming)
         if incoming.runtime.budgets is None:
             raise ApiError(404, "not_found_error", "aiproxy keeps no ledger.")
-        client = ANONYMOUS if key is None else key.name
-        return own_response(200, incoming.runtime.budgets.report(client))
+        return own_response(200, incoming.runtime.budgets.report(incoming.client or ANONYMOUS))
 
     for path in _PROBES:
         blueprint.add_url_rule(path, "probe", _probe, methods=["GET"], provide_automatic_options=False)
@@ -171,7 +170,7 @@ def _forwarded(incoming: Incoming, forward: Forward, path: str | None = None) ->
     exchange: Exchange | None = None
     try:
         if incoming.path == MESSAGES and runtime.budgets is not None:
-            runtime.budgets.check(_name(key))
+            runtime.budgets.check(incoming.client)
         request = _request(incoming, key, began)
         if path is not None:
             request = msgspec.structs.replace(request, path=path)
@@ -217,15 +216,11 @@ def _check_key(incoming: Incoming) -> ClientKey | None:
     key = keys.owner(_client_headers(incoming.environ))
     if key is None:
         raise ApiError(401, "authentication_error", "The key is not one of aiproxy's.")
-    incoming.key = key
+    incoming.client = key.name
     expires = key.limits.expires
     if expires is not None and day_of(time.time()) > expires.isoformat():
         raise ApiError(401, "authentication_error", f"The key {key.name} was valid until {expires}.")
     return key
-
-
-def _name(key: ClientKey | None) -> str | None:
-    return None if key is None else key.name
 
 
 def _check_limits(request: Request, key: ClientKey | None, place: Place, runtime: Runtime) -> None:
@@ -260,12 +255,12 @@ def _request(incoming: Incoming, key: ClientKey | None, began: float) -> Request
         query=environ.get("QUERY_STRING", ""),
         headers=headers,
         body=read,
-        client=_name(key),
+        client=incoming.client,
         secrets=secrets_in(headers),
         began=began,
         wait=_wait(incoming),
         fallback_model=_fallback_model(read, key, runtime.config.fallback_models),
-        budget_headers=runtime.budgets.headers(_name(key)) if runtime.budgets is not None else [],
+        budget_headers=runtime.budgets.headers(incoming.client) if runtime.budgets is not None else [],
     )
     preview = runtime.config.logging.prompt_preview
     _log_request(request, runtime.journal.redactor, preview, incoming.address)
@@ -332,8 +327,9 @@ def _refusal(error: ApiError, headers: Pairs | None = None) -> flask.Response:
     incoming = current_request()
     incoming.body.discard()
     secrets = secrets_in(_client_headers(incoming.environ))
-    client = _name(incoming.key)
-    incoming.runtime.journal.refused(incoming.id, incoming.path, secrets, error, client, incoming.address)
+    incoming.runtime.journal.refused(
+        incoming.id, incoming.path, secrets, error, incoming.client, incoming.address
+    )
     response = own_response(error.status, error.body(incoming.id), [*error.headers, *(headers or [])])
     response.call_on_close(incoming.body.end)
     return response
