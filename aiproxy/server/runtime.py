@@ -214,16 +214,17 @@ class Service:
         written = self._state.rows()
         others = _snapshots(snapshot for _, snapshot in written.running)
         silent = _snapshots(snapshot for _, snapshot in written.silent)
+        now = time.time()
         return Status(
             version=__version__,
-            now=time.time(),
+            now=now,
             began=self.began,
             configuration=self.digest,
             taken_up=self.taken_up,
             faults=self.faults,
             worker=os.getpid(),
             in_flight=sum(snapshot.in_flight for snapshot in (own, *others)),
-            upstreams=rows(self.runtime.balancer.upstreams, self.history, others),
+            upstreams=rows(self.runtime.balancer.upstreams, [own, *others], now),
             workers=put_together([own, *others]),
             is_shared=self._state.is_shared,
             silent=[f"{each.server}, worker {each.worker}" for each in silent],

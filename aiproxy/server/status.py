@@ -5,7 +5,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from ..observability.history import Failed, History, Hour, Minute, Tokens
+from ..observability.history import Failed, Hour, Minute, record
 from ..observability.metrics import Family
 from ..upstreams.upstream import Upstream
 from .pages import template
@@ -33,7 +33,8 @@ class Row(msgspec.Struct, frozen=True):
     answers: int
     first_byte: float | None  # the median, in seconds
     cache_read_share: float | None
-    tokens: Tokens
+    input_tokens: int  # cached ones included
+    output_tokens: int
     backoffs: dict[str, float]  # seconds until each of these models is asked again
     limits_left: dict[str, float]  # of the scarcest rate limit, as a part of it, by model
     last_failures: list[Failed]
@@ -103,14 +104,16 @@ def put_together(snapshots: Sequence[Snapshot]) -> list[Worker]:
     return sorted(workers, key=lambda worker: (worker.server, worker.worker))
 
 
-def rows(upstreams: Sequence[Upstream], history: History, others: Sequence[Snapshot] = ()) -> list[Row]:
-    """A row for each upstream, with what `others` counted."""
-    hours = [snapshot.hours for snapshot in others]
-    records = {upstream.name: history.of(upstream.name, hours) for upstream in upstreams}
+def rows(upstreams: Sequence[Upstream], snapshots: Sequence[Snapshot], now: float) -> list[Row]:
+    """A row for each upstream, with what the workers of these snapshots counted; `now` is Unix time."""
+    records = [
+        record([each.hours[upstream.name] for each in snapshots if upstream.name in each.hours], now)
+        for upstream in upstreams
+    ]
     states = {upstream.name: upstream.state for upstream in upstreams}
     taking = {upstream.name for upstream in upstreams if states[upstream.name] != "draining"}
     weights = sum(upstream.weight for upstream in upstreams if upstream.name in taking)
-    answers = sum(record.answers for record in records.values())
+    answers = sum(each.whole.answers for each in records)
     return [
         Row(
             name=upstream.name,
@@ -121,22 +124,23 @@ def rows(upstreams: Sequence[Upstream], history: History, others: Sequence[Snaps
             failures_in_a_row=circuit.failures,
             weight=upstream.weight,
             weight_share=upstream.weight / weights if upstream.name in taking else 0.0,
-            traffic_share=record.answers / answers if answers else None,
+            traffic_share=found.whole.answers / answers if answers else None,
             models=sorted(upstream.settings.available_models),
             must_stream=upstream.settings.must_stream,
-            attempts=record.attempts,
-            failures=record.failed,
-            answers=record.answers,
-            first_byte=record.first_byte,
-            cache_read_share=record.cache_read_share,
-            tokens=record.tokens,
+            attempts=found.whole.attempts,
+            failures=found.whole.failures,
+            answers=found.whole.answers,
+            first_byte=found.whole.first_byte,
+            cache_read_share=found.whole.cache_read / found.whole.input if found.whole.input else None,
+            input_tokens=found.whole.input,
+            output_tokens=found.whole.output,
             backoffs=upstream.models.backoffs(),
             limits_left=upstream.rate_limits.shares(),
-            last_failures=record.failures,
-            minutes=record.minutes,
+            last_failures=found.failures,
+            minutes=found.minutes,
         )
-        for upstream in upstreams
-        for record, circuit in [(records[upstream.name], upstream.breaker.circuit())]
+        for upstream, found in zip(upstreams, records, strict=True)
+        for circuit in [upstream.breaker.circuit()]
     ]
 
 
