@@ -46,7 +46,7 @@ from .limits import SPARE, InFlight, KeyPlaces
 from .models import Models
 from .peer import Peers
 from .reload import Follower, LastGood, Start, changes
-from .status import Snapshot, Status, put_together, rows
+from .status import Snapshot, Status, findings, put_together, rows
 
 #: gunicorn.conf.py's; `serve` sets another value of the command line or of another server.
 DEFAULT_THREADS = 256
@@ -315,6 +315,7 @@ class Service:
             in_flight=self._in_flight.count,
             hours=self.history.hours(),
             metrics=self.metrics.families(),
+            findings={each.name: findings(each) for each in self.runtime.balancer.upstreams},
         )
 
     def _encoded_snapshot(self) -> bytes:
@@ -415,7 +416,7 @@ def _added_up(written: list[msgspec.Raw]) -> bytes:
     """One snapshot for several ended workers, with all that they counted."""
     snapshots = _snapshots(written)
     metrics = merged([], [each.metrics for each in snapshots])
-    return msgspec.json.encode(msgspec.structs.replace(snapshots[0], hours={}, metrics=metrics))
+    return msgspec.json.encode(msgspec.structs.replace(snapshots[0], hours={}, findings={}, metrics=metrics))
 
 
 def _server_name(addresses: list[Any]) -> str:
