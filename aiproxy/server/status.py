@@ -161,9 +161,8 @@ def _row(
     missing = {model for each in known for model in each.missing_models}
     refuses_for = max((each.refuses_for for each in known), default=0.0)
     waits_for = max(circuit.seconds, refuses_for)
-    state = "draining" if upstream.draining else circuit.state.value
-    if state == "closed" and refuses_for > 0:
-        state = "backoff"
+    is_refusing = circuit.state == "closed" and refuses_for > 0
+    state = "draining" if upstream.draining else "backoff" if is_refusing else circuit.state.value
     return Row(
         name=upstream.name,
         host=urlsplit(upstream.settings.base_url).netloc,
