@@ -219,7 +219,7 @@ class Journal:
         model, reason = (
             self.redactor.text(text.strip(), FIELD, request.secrets) for text in (request.model, reason)
         )
-        self._history.failed(attempt.upstream.name, model, reason)
+        self._history.failed(attempt.upstream.name, model, reason, request.id)
 
 
 def _reason(failure: Failure) -> str:

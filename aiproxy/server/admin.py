@@ -72,7 +72,8 @@ def create_console(service: Service) -> flask.Blueprint:
         wanted = flask.request.accept_mimetypes.best_match(["text/html", "application/json"], "text/html")
         if wanted == "application/json":
             return own_response(200, as_json(service.status()), _PAGE)
-        return own_response(200, as_html(service.status()), _PAGE, "text/html; charset=utf-8")
+        page = as_html(service.status(), flask.request.args.getlist("open"))
+        return own_response(200, page, _PAGE, "text/html; charset=utf-8")
 
     @blueprint.get("/usage", provide_automatic_options=False)
     def usage() -> flask.Response:

@@ -40,7 +40,7 @@ def _top(values: Sequence[float | None]) -> float:
     return max((value for value in values if value), default=0)
 
 
-def _seconds(seconds: float) -> str:
+def in_words(seconds: float) -> str:
     """Seconds as people say them: `0.35 s`, `12 s`, `5 min`, `3 h 20 min`, `4 d 2 h`."""
     if seconds < 10:
         return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds:.2f} s"
@@ -72,6 +72,11 @@ def _clock(at: float, now: float) -> str:
     return datetime.fromtimestamp(at, UTC).strftime("%H:%M:%S")
 
 
+def _minute(at: float) -> str:
+    """The time of day to the minute, as a chart's axis has it."""
+    return datetime.fromtimestamp(at, UTC).strftime("%H:%M")
+
+
 def _date(at: float) -> str:
     return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
@@ -86,10 +91,11 @@ _ENVIRONMENT = jinja2.Environment(
 _ENVIRONMENT.filters.update(
     bars=_bars,
     top=_top,
-    seconds=_seconds,
+    seconds=in_words,
     percent=_percent,
     count=_count,
     clock=_clock,
+    minute=_minute,
     date=_date,
     money=money,
 )

@@ -46,7 +46,7 @@ from .limits import SPARE, InFlight, KeyPlaces
 from .models import Models
 from .peer import Peers
 from .reload import Follower, LastGood, Start, changes
-from .status import Snapshot, Status, put_together, rows
+from .status import Snapshot, Status, findings, put_together, rows
 
 #: gunicorn.conf.py's; `serve` sets another value of the command line or of another server.
 DEFAULT_THREADS = 256
@@ -218,16 +218,17 @@ class Service:
         written = self._state.rows()
         others = _snapshots(snapshot for _, snapshot in written.running)
         silent = _snapshots(snapshot for _, snapshot in written.silent)
+        now = time.time()
         return Status(
             version=__version__,
-            now=time.time(),
+            now=now,
             began=self.began,
             configuration=self.digest,
             taken_up=self.taken_up,
             faults=self.faults,
             worker=os.getpid(),
             in_flight=sum(snapshot.in_flight for snapshot in (own, *others)),
-            upstreams=rows(self.runtime.balancer.upstreams, self.history, others),
+            upstreams=rows(self.runtime.balancer.upstreams, [own, *others], now),
             workers=put_together([own, *others]),
             is_shared=self._state.is_shared,
             silent=[f"{each.server}, worker {each.worker}" for each in silent],
@@ -318,6 +319,7 @@ class Service:
             in_flight=self._in_flight.count,
             hours=self.history.hours(),
             metrics=self.metrics.families(),
+            findings={each.name: findings(each) for each in self.runtime.balancer.upstreams},
         )
 
     def _encoded_snapshot(self) -> bytes:
@@ -418,7 +420,7 @@ def _added_up(written: list[msgspec.Raw]) -> bytes:
     """One snapshot for several ended workers, with all that they counted."""
     snapshots = _snapshots(written)
     metrics = merged([], [each.metrics for each in snapshots])
-    return msgspec.json.encode(msgspec.structs.replace(snapshots[0], hours={}, metrics=metrics))
+    return msgspec.json.encode(msgspec.structs.replace(snapshots[0], hours={}, findings={}, metrics=metrics))
 
 
 def _server_name(addresses: list[Any]) -> str:

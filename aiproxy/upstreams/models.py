@@ -25,6 +25,7 @@ class _Model:
         self.limited_at = float("-inf")  # when the latest backoff began
         self.next_backoff = FIRST_BACKOFF
         self.missing = 0  # in a row
+        self.is_missing = False  # not asked because the upstream does not have it
         self.is_shared = False  # the other workers know of the backoff
 
 
@@ -69,7 +70,7 @@ class ModelStates:
                 length = min(state.next_backoff, self.cooldown)
                 state.next_backoff = min(state.next_backoff * 2, LONGEST_BACKOFF)
             state.until = max(state.until, now + length)
-            state.limited_at = now
+            state.limited_at, state.is_missing = now, False
             return length
 
     def missing(self, model: str) -> bool:
@@ -79,7 +80,7 @@ class ModelStates:
             state.missing += 1
             if state.missing < MISSING_IN_A_ROW:
                 return False
-            state.missing = 0
+            state.missing, state.is_missing = 0, True
             state.until = max(state.until, self._clock() + self.cooldown)
             return True
 
@@ -103,6 +104,12 @@ class ModelStates:
             now = self._clock()
             return {name: state.until - now for name, state in self._models.items() if state.until > now}
 
+    def not_there(self) -> list[str]:
+        """Those of `backoffs` that the upstream does not have, as far as this process has found out."""
+        with self._lock:
+            now = self._clock()
+            return [name for name, state in self._models.items() if state.is_missing and state.until > now]
+
     def follow(self, backoffs: Mapping[str, float]) -> None:
         """Take over the backoffs, in seconds from now, that all workers together know."""
         if not self._models and not backoffs:
@@ -114,7 +121,7 @@ class ModelStates:
                     state.until, state.is_shared = min(state.until, now), False
             for name, seconds in backoffs.items():
                 state = self._state(name)
-                state.is_shared = True
+                state.is_shared, state.is_missing = True, state.is_missing and state.until > now
                 state.until = now + seconds
 
     def clear(self) -> None:

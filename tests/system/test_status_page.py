@@ -51,7 +51,7 @@ def test_it_shows_what_happened_without_a_script_and_asks_nobody_else(page):
     text = page.look("document.body.innerText")
     assert "3 failures in a row; tried again in 30 min" in text
     assert text.count("status 500: <b>Busy</b>") == 3
-    assert "100% of 50%" in text
+    assert "100%, its weight asks for 50%" in text
     assert page.look("document.querySelectorAll('svg rect.badbar').length") >= 1
     assert page.logged("Log.entryAdded") == page.logged("Runtime.exceptionThrown") == []
     assert page.look("document.scripts.length") == 0
@@ -65,9 +65,10 @@ def test_it_refreshes_itself(page):
 def test_its_buttons_close_a_circuit_and_take_an_upstream_out_and_back_in(page):
     for selector, after in [
         ("button[value=close]", ["in use", "in use"]),
-        ("article:last-of-type button[value=drain]", ["in use", "draining"]),
-        ("article:last-of-type button[value=resume]", ["in use", "in use"]),
+        ("article:last-of-type button[value=drain]", ["draining", "in use"]),
+        ("button[value=resume]", ["in use", "in use"]),
     ]:
+        page.look("document.querySelectorAll('details').forEach(each => each.open = true)")
         page.click(selector)
         page.wait_for("Page.loadEventFired")
         assert states(page) == after

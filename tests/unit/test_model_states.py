@@ -106,3 +106,16 @@ def test_a_person_can_end_all_of_it(models, clock):
     limited(models, clock, 100)
     models.clear()
     assert models.usable("m")
+
+
+def test_a_missing_model_is_told_from_one_in_backoff_until_another_reason_comes(models, clock):
+    for _ in range(3):
+        models.missing("m")
+    models.back_off("other", 100, clock.now, is_last_resort=False)
+    assert models.not_there() == ["m"]
+    models.follow({"m": 1800, "other": 100})  # the other workers know of the backoffs, not of their reasons
+    assert (models.not_there(), set(models.backoffs())) == (["m"], {"m", "other"})
+    clock.now += 1800
+    assert models.not_there() == []
+    models.follow({"m": 20})  # another worker's 429
+    assert (models.not_there(), models.backoffs()) == ([], {"m": 20})
