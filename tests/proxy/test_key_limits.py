@@ -1,12 +1,13 @@
 """What a client key may do: models, places in flight, expiry, rotation, budgets."""
 
+import contextlib
 import datetime
 import hashlib
 import threading
 
 import msgspec
 import pytest
-from fakes import ASK, RawClient, answer, await_that, hang
+from fakes import ASK, RawClient, answer, await_that, error, events, hang, message_events
 from in_process import client_of
 
 from aiproxy.config import Budget, ClientKey, ConfigError, KeyLimits, LedgerSettings, Secret, load
@@ -53,9 +54,16 @@ def test_a_key_may_only_name_its_models_wherever_a_body_names_one(upstream, path
         assert reply.headers["x-should-retry"] == "false"
 
 
-@pytest.mark.parametrize("name", ["fallbacks", "tools"])
-def test_a_body_that_names_models_twice_is_refused(upstream, name):
-    body = b'{"model":"claude-x","%s":[],"%s":[{"model":"claude-y"}]}' % (name.encode(), name.encode())
+@pytest.mark.parametrize(
+    "members",
+    [
+        b'"fallbacks":[],"fallbacks":[{"model":"claude-y"}]',
+        b'"tools":[],"t\\u006fols":[{"model":"claude-y"}]',
+        b'"m\\u006fdel":"claude-y"',
+    ],
+)
+def test_a_body_that_names_models_twice_is_refused(upstream, members):
+    body = b'{"model":"claude-x",%s}' % members
     client = client_of(upstream(), api_keys=(key(models=("claude-x",)),))
     assert client.post("/v1/messages", data=body, headers=ALICE).status_code == 400
 
@@ -86,6 +94,14 @@ def test_a_key_is_valid_until_the_end_of_its_last_day(upstream, days, status):
     if status == 401:
         assert told(reply) == (401, "authentication_error")
         assert f"was valid until {expires}" in reply.json["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/usage", "/v1/models", "/v1/models/claude-x"])
+def test_an_expired_key_is_told_nothing(upstream, tmp_path, path):
+    expired = key(expires=TODAY - datetime.timedelta(days=1))
+    ledger = LedgerSettings(file=str(tmp_path / "l.db"))
+    client = client_of(upstream(), api_keys=(expired,), ledger=ledger)
+    assert told(client.get(path, headers=ALICE)) == (401, "authentication_error")
 
 
 def test_several_keys_of_one_name_and_digests_in_their_place(upstream, capsys):
@@ -172,6 +188,30 @@ def test_only_a_quarter_of_the_places_may_be_used_for_waiting(upstream, serve):
         each.close()
 
 
+def test_a_request_that_waits_for_a_place_ends_with_the_server(upstream, serve):
+    served, first = busy(upstream, serve, max_wait=10)
+    waiting, since = RawClient.to(served.url), len(served.stdout_lines())
+    waiting.post(ASK, headers=[("x-api-key", "sk-test-alice")])
+    served.wait_for_log(" request id=.* client=alice", since=since)
+    served.ask_to_stop()
+    reply = waiting.read()
+    assert (reply.status, reply.json()["error"]["message"]) == (529, "aiproxy is restarting.")
+    for each in (first, waiting):
+        each.close()
+
+
+def test_a_place_of_a_key_comes_back_however_its_request_ends(upstream):
+    replies = [error(500), error(400), events(message_events()[:4], then="cut"), answer()]
+    client = client_of(
+        upstream(*replies), api_keys=(key(max_in_flight=1, models=("claude-x",)),), max_in_flight=1
+    )
+    for question in (b"no JSON", {**ASK, "model": "claude-y"}, *[{**ASK, "stream": True}] * 3):
+        send = {"data": question} if isinstance(question, bytes) else {"json": question}
+        with contextlib.suppress(ConnectionAbortedError):  # the stream that was cut
+            assert client.post("/v1/messages", headers=ALICE, **send).status_code not in (200, 429, 529)
+    assert ask(client).status_code == 200
+
+
 # --- Budgets ---
 
 
@@ -193,6 +233,35 @@ def test_a_budget_ends_at_the_next_request_and_counting_stays_free(upstream, tmp
     bob = client.post("/v1/messages", json=ASK, headers={"x-api-key": "sk-test-bob"})
     assert bob.status_code == 200
     assert not any(name.startswith("anthropic-ratelimit-unified") for name, _ in bob.headers)
+
+
+def test_the_old_and_the_new_key_of_a_name_share_one_budget(upstream, tmp_path):
+    alice = ClientKey(
+        "alice", (Secret("sk-test-alice"), Secret("sk-test-new")), limits=KeyLimits(Budget(daily=14))
+    )
+    usage = {"input_tokens": 1_000_000, "output_tokens": 0}  # $15 at the dearest price
+    ledger = LedgerSettings(file=str(tmp_path / "l.db"))
+    client = client_of(upstream(answer(usage=usage)), api_keys=(alice,), ledger=ledger)
+    assert ask(client).status_code == 200
+    new = client.post("/v1/messages", json=ASK, headers={"authorization": "Bearer sk-test-new"})
+    assert told(new) == (429, "billing_error")
+
+
+def test_the_budget_of_all_refuses_keys_that_have_none_and_anonymous_clients(upstream, tmp_path):
+    ledger = LedgerSettings(file=str(tmp_path / "l.db"))
+    for keys, client_name in (((key(),), "alice"), ((), "anonymous")):
+        client = client_of(upstream(), api_keys=keys, ledger=ledger, budget=Budget(monthly=0))
+        assert told(ask(client)) == (429, "billing_error")
+        assert client.get("/v1/usage", headers=ALICE).json["client"] == client_name
+
+
+@pytest.mark.parametrize(("is_strict", "status"), [(False, 200), (True, 503)])
+def test_a_ledger_out_of_reach_stops_only_the_strict(upstream, tmp_path, is_strict, status):
+    ledger = LedgerSettings(file=str(tmp_path / "nowhere" / "l.db"))
+    keys = (key(budget=Budget(daily=1)), key("bob"))
+    client = client_of(upstream(), api_keys=keys, ledger=ledger, fail_closed=is_strict)
+    assert ask(client).status_code == status
+    assert client.post("/v1/messages", json=ASK, headers={"x-api-key": "sk-test-bob"}).status_code == 200
 
 
 def test_an_upstream_s_own_headers_of_that_name_pass_only_without_a_budget(upstream, tmp_path):
