@@ -3,11 +3,12 @@
 import contextlib
 import datetime
 import hashlib
+import json
 import threading
 
 import msgspec
 import pytest
-from fakes import ASK, RawClient, answer, await_that, error, events, hang, message_events
+from fakes import ASK, RawClient, answer, await_that, error, events, hang, message_events, whole
 from in_process import client_of
 
 from aiproxy.config import Budget, ClientKey, ConfigError, KeyLimits, LedgerSettings, Secret, load
@@ -81,6 +82,21 @@ def test_where_no_upstream_names_models_the_list_has_those_of_the_key(upstream):
     client = client_of(upstream(), api_keys=(key(models=("claude-x", "claude-y-*")),))
     page = client.get("/v1/models", headers=ALICE).json
     assert [each["id"] for each in page["data"]] == ["claude-x"]
+
+
+def test_an_upstream_s_list_shows_only_what_a_key_with_prefixes_may_use(upstream):
+    listed = [{"type": "model", "id": name} for name in ("claude-x", "other", "claude-y")]
+    page = {"data": listed, "has_more": True, "last_id": "claude-y"}
+    bodies = (page, page, {"id": "claude-x"}, {"data": 5})
+    replies = [whole(200, json.dumps(body).encode()) for body in bodies]
+    keys = (key(models=("claude-*",)), key("bob"))
+    client = client_of(upstream(*replies), api_keys=keys)
+    allowed = {**page, "data": [listed[0], listed[2]]}
+    assert client.get("/v1/models", headers=ALICE).json == allowed
+    assert client.get("/v1/models", headers={"x-api-key": "sk-test-bob"}).json == page
+    assert client.get("/v1/models/claude-x", headers=ALICE).status_code == 200
+    assert client.get("/v1/models/other", headers=ALICE).status_code == 404
+    assert told(client.get("/v1/models", headers=ALICE)) == (502, "api_error")
 
 
 # --- Keys ---
