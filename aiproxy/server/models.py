@@ -1,11 +1,14 @@
-"""The model list, out of the configuration: what `GET /v1/models` answers without asking an upstream."""
+"""The model list: what `GET /v1/models` answers out of the configuration, and what of an upstream's list."""
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import Self
+from typing import Any, Self
+
+import msgspec
 
 from ..config import ClientKey, UpstreamSettings
 from ..errors import ApiError
+from ..proxy.exchange import Reply
 
 #: The API's page size when none is asked for, and the largest.
 _PAGE, _LARGEST_PAGE = 20, 1000
@@ -76,6 +79,23 @@ class Models:
         if name not in self.names:
             raise ApiError(400, "invalid_request_error", f"{parameter}: no such model.")
         return self.names.index(name)
+
+
+def allowed_only(reply: Reply, key: ClientKey | None) -> Reply:
+    """An upstream's page without the models that the key may not use. Raises `ApiError` 502.
+
+    The ids by which the next page is asked for stay the upstream's.
+    """
+    if key is None or not key.limits.models or reply.status != 200:
+        return reply
+    try:
+        page = msgspec.json.decode(b"".join(reply.body), type=dict[str, Any])
+        listed = msgspec.convert(page.get("data"), list[dict[str, Any]])
+    except (msgspec.DecodeError, msgspec.ValidationError, RecursionError):
+        raise ApiError(502, "api_error", "The upstream's list of models cannot be read.") from None
+    page["data"] = [each for each in listed if key.limits.allow(str(each.get("id")))]
+    body = msgspec.json.encode(page)
+    return msgspec.structs.replace(reply, body=iter([body]), length=len(body))
 
 
 def _described(name: str) -> dict[str, str]:

@@ -28,6 +28,7 @@ from ..transport.wait import Interrupted, Wait
 from ..upstreams.message_threads import continued_message
 from .auth import secrets_in
 from .limits import Place
+from .models import allowed_only
 from .request_body import RequestBody
 from .responses import Body, Response, response
 from .runtime import Runtime, Service
@@ -93,17 +94,20 @@ def create_blueprint(service: Service) -> flask.Blueprint:
     @route("/v1/models", "GET")
     def model_list() -> flask.Response:
         incoming = current_request()
-        models = incoming.runtime.models.for_key(_check_key(incoming))
+        key, forward = _check_key(incoming), incoming.runtime.failover.pass_on
+        models = incoming.runtime.models.for_key(key)
         if not models.are_listed:
-            return _forwarded(incoming, incoming.runtime.failover.pass_on)
+            return _forwarded(incoming, lambda exchange: allowed_only(forward(exchange), key))
         return own_response(200, models.page(flask.request.args))
 
     @route("/v1/models/<path:name>", "GET")
     def model(name: str) -> flask.Response:
         incoming = current_request()
-        models = incoming.runtime.models.for_key(_check_key(incoming))
+        key = _check_key(incoming)
+        models = incoming.runtime.models.for_key(key)
         if not models.are_listed:
-            if {".", ".."} & set(name.split("/")):  # no way to other endpoints of the account
+            is_forbidden = key is not None and not key.limits.allow(name)
+            if is_forbidden or {".", ".."} & set(name.split("/")):  # no way to other endpoints of the account
                 raise ApiError(404, "not_found_error", f"model: {name}")
             forward = incoming.runtime.failover.pass_on
             return _forwarded(incoming, forward, f"/v1/models/{quote(name, safe='')}")

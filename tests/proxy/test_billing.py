@@ -1,19 +1,36 @@
 """What an exchange is billed, as the fake accounts bill it, and estimates of what was not finished."""
 
 import json
+import math
+import random
 import threading
+from collections import Counter
 from fractions import Fraction
 
 import pytest
-from fakes import ASK, RawClient, answer, await_that, error, event, events, hang, message_events
+from fakes import (
+    ASK,
+    RawClient,
+    answer,
+    await_that,
+    close_now,
+    error,
+    error_event,
+    event,
+    events,
+    hang,
+    message_events,
+)
 from in_process import WsgiAnswer
+from ledger_rows import costs
 from werkzeug.test import create_environ
 
 from aiproxy.app import create_app
-from aiproxy.config import Config, LedgerSettings, Price, Timeouts, UpstreamSettings
+from aiproxy.config import BreakerSettings, Config, LedgerSettings, Price, Timeouts, UpstreamSettings
 from aiproxy.ledger.store import Store
 
 PRICES = {"claude-x": Price(3, 15, 0.3, 3.75, 6, 10)}
+PRICED = ("claude-x", "claude-y")
 PER_MILLION = {
     "input_tokens": 3,
     "output_tokens": 15,
@@ -51,7 +68,7 @@ class Ledger:
             for n, fake in enumerate(fakes)
         )
         self._app = create_app(
-            Config(upstreams=upstreams, ledger=self.settings, **{"prices": PRICES, **settings})
+            Config(**{"upstreams": upstreams, "ledger": self.settings, "prices": PRICES, **settings})
         )
         return self._app.test_client()
 
@@ -95,16 +112,70 @@ def test_a_complete_answer_costs_what_the_account_bills(ledger, upstream, stream
     assert row.upstream_request_id == "req_of_the_account"
 
 
-def test_many_exchanges_add_up_to_the_account_s_own_bill(ledger, upstream):
-    usages = [{kind: 37 * n + place for place, kind in enumerate(USAGE)} for n in range(1, 31)]
-    replies = [
-        events(message_events(usage=usage)) if n % 2 else answer(usage=usage)
-        for n, usage in enumerate(usages)
-    ]
-    client = ledger.app(upstream(*replies))
-    for n in range(len(usages)):
-        assert client.post("/v1/messages", json={**ASK, "stream": bool(n % 2)}).status_code == 200
-    assert sum(row.cost for row in ledger.rows()) == sum(map(billed, usages))
+class Account:
+    """A reply with random usage that bills what it answered; it fails now and then, for nothing."""
+
+    def __init__(self, seed, prices, discount="1"):
+        """`prices`: nano-dollars per token by model: input, output, cache read and both kinds of writes."""
+        self.billed = 0
+        self._dice = random.Random(seed)
+        self._prices = prices
+        self._discount = Fraction(discount)
+
+    def __call__(self, wire, seen):
+        if self._dice.random() < 0.3:
+            self._dice.choice([error(500), close_now()])(wire, seen)
+            return
+        top, compaction = self._counts(), self._counts()
+        usage = {**top, "iterations": [{"type": "compaction", **compaction}, {"type": "message", **top}]}
+        searches = self._dice.randrange(3)
+        usage["server_tool_use"] = {"web_search_requests": searches, "web_fetch_requests": 0}
+        tokens = sum(map(self._cost, [top, compaction], [seen.json()["model"]] * 2))
+        exact = (tokens + searches * 10**7) * self._discount
+        self.billed += math.floor(exact + Fraction(1, 2))
+        answer(usage=usage)(wire, seen)
+
+    def _counts(self):
+        minutes, hour, *others = (self._dice.randrange(10**6) for _ in range(5))
+        return {
+            **dict(zip(list(USAGE)[:3], others, strict=True)),
+            "cache_creation_input_tokens": minutes + hour,
+            "cache_creation": {"ephemeral_5m_input_tokens": minutes, "ephemeral_1h_input_tokens": hour},
+        }
+
+    def _cost(self, counts, model):
+        numbers = [*(counts[kind] for kind in list(USAGE)[:3]), *counts["cache_creation"].values()]
+        return sum(number * price for number, price in zip(numbers, self._prices[model], strict=True))
+
+
+def test_what_two_accounts_bill_is_in_the_ledger_to_the_nano_dollar(ledger, upstream):
+    usual, other = (3000, 15_000, 300, 3750, 6000), (1000, 5001, 101, 1250, 2000)
+    discounted = Account(2, dict.fromkeys(PRICED, usual), "0.85")
+    accounts = [Account(1, {"own-x": other, "claude-y": usual}), discounted]
+    first, second = (upstream(default=account).url for account in accounts)
+    settings = (
+        UpstreamSettings(
+            name="u0",
+            base_url=first,
+            must_stream=True,
+            model_mappings={"claude-x": "own-x"},
+            prices={"own-*": Price(1, 5.001, 0.101, 1.25, 2)},
+        ),
+        UpstreamSettings(name="u1", base_url=second, price_multiplier=0.85),
+    )
+    client = ledger.app(
+        upstreams=settings,
+        prices=dict.fromkeys(PRICED, PRICES["claude-x"]),
+        breaker=BreakerSettings(failures=1000),
+    )
+    dice, statuses = random.Random(3), Counter()
+    for _ in range(150):
+        asked = {**ASK, "model": dice.choice(PRICED), "stream": dice.random() < 0.5}
+        statuses[client.post("/v1/messages", json=asked).status_code] += 1
+    rows = ledger.rows()
+    assert len(rows) == statuses[200] > 100
+    assert any(row.attempts > 1 for row in rows)
+    assert [costs(rows, "upstream")[name] for name in ("u0", "u1")] == [each.billed for each in accounts]
 
 
 def test_a_stream_that_the_client_left_is_estimated_by_its_text(ledger, upstream):
@@ -123,12 +194,17 @@ def test_a_stream_that_the_client_left_is_estimated_by_its_text(ledger, upstream
     assert row.cost == billed({**USAGE, "output_tokens": row.output})
 
 
-@pytest.mark.parametrize("then", ["cut", "reset"])
-def test_a_stream_that_the_upstream_broke_is_estimated(ledger, upstream, then):
-    ledger.app(upstream(events(message_events(WORDS, usage=USAGE)[:13], then=then)))
+@pytest.mark.parametrize(
+    ("then", "outcome"),
+    [("cut", "broken"), ("reset", "broken"), ("hang", "silent"), ("error event", "error_event")],
+)
+def test_a_stream_that_the_upstream_broke_is_estimated(ledger, upstream, then, outcome):
+    pieces = message_events(WORDS, usage=USAGE)[:13]
+    broken = events([*pieces, error_event()]) if then == "error event" else events(pieces, then=then)
+    ledger.app(upstream(broken), timeouts=Timeouts(idle=0.2))
     ledger.begin(stream=True).read()
     row = ledger.row()
-    assert (row.outcome, row.is_estimated, row.cache_read) == ("broken", 1, 20_000)
+    assert (row.outcome, row.is_estimated, row.cache_read) == (outcome, 1, 20_000)
     assert row.output == -(-sum(map(len, WORDS[:10])) // 4)
 
 
@@ -200,6 +276,15 @@ def test_a_failed_attempt_that_had_begun_costs_what_it_reported(ledger, upstream
     started = {**USAGE, "output_tokens": 1}
     assert (row.cost, row.is_estimated) == (billed(USAGE) + billed(started), 1)
     assert row.input == 2000
+
+
+def test_an_accumulated_stream_that_broke_costs_what_its_start_reported(ledger, upstream):
+    broken = events(message_events(WORDS, usage=USAGE)[:13], then="cut")
+    client = ledger.app(upstream(broken), must_stream=True)
+    assert client.post("/v1/messages", json=ASK).status_code == 502
+    row = ledger.row()
+    assert (row.outcome, row.is_estimated) == ("error", 1)
+    assert row.cost == billed({**USAGE, "output_tokens": 1})
 
 
 def test_where_all_attempts_failed_only_what_was_reported_has_a_row(ledger, upstream):

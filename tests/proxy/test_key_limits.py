@@ -1,12 +1,14 @@
 """What a client key may do: models, places in flight, expiry, rotation, budgets."""
 
+import contextlib
 import datetime
 import hashlib
+import json
 import threading
 
 import msgspec
 import pytest
-from fakes import ASK, RawClient, answer, await_that, hang
+from fakes import ASK, RawClient, answer, await_that, error, events, hang, message_events, whole
 from in_process import client_of
 
 from aiproxy.config import Budget, ClientKey, ConfigError, KeyLimits, LedgerSettings, Secret, load
@@ -53,9 +55,16 @@ def test_a_key_may_only_name_its_models_wherever_a_body_names_one(upstream, path
         assert reply.headers["x-should-retry"] == "false"
 
 
-@pytest.mark.parametrize("name", ["fallbacks", "tools"])
-def test_a_body_that_names_models_twice_is_refused(upstream, name):
-    body = b'{"model":"claude-x","%s":[],"%s":[{"model":"claude-y"}]}' % (name.encode(), name.encode())
+@pytest.mark.parametrize(
+    "members",
+    [
+        b'"fallbacks":[],"fallbacks":[{"model":"claude-y"}]',
+        b'"tools":[],"t\\u006fols":[{"model":"claude-y"}]',
+        b'"m\\u006fdel":"claude-y"',
+    ],
+)
+def test_a_body_that_names_models_twice_is_refused(upstream, members):
+    body = b'{"model":"claude-x",%s}' % members
     client = client_of(upstream(), api_keys=(key(models=("claude-x",)),))
     assert client.post("/v1/messages", data=body, headers=ALICE).status_code == 400
 
@@ -75,6 +84,21 @@ def test_where_no_upstream_names_models_the_list_has_those_of_the_key(upstream):
     assert [each["id"] for each in page["data"]] == ["claude-x"]
 
 
+def test_an_upstream_s_list_shows_only_what_a_key_with_prefixes_may_use(upstream):
+    listed = [{"type": "model", "id": name} for name in ("claude-x", "other", "claude-y")]
+    page = {"data": listed, "has_more": True, "last_id": "claude-y"}
+    bodies = (page, page, {"id": "claude-x"}, {"data": 5})
+    replies = [whole(200, json.dumps(body).encode()) for body in bodies]
+    keys = (key(models=("claude-*",)), key("bob"))
+    client = client_of(upstream(*replies), api_keys=keys)
+    allowed = {**page, "data": [listed[0], listed[2]]}
+    assert client.get("/v1/models", headers=ALICE).json == allowed
+    assert client.get("/v1/models", headers={"x-api-key": "sk-test-bob"}).json == page
+    assert client.get("/v1/models/claude-x", headers=ALICE).status_code == 200
+    assert client.get("/v1/models/other", headers=ALICE).status_code == 404
+    assert told(client.get("/v1/models", headers=ALICE)) == (502, "api_error")
+
+
 # --- Keys ---
 
 
@@ -86,6 +110,14 @@ def test_a_key_is_valid_until_the_end_of_its_last_day(upstream, days, status):
     if status == 401:
         assert told(reply) == (401, "authentication_error")
         assert f"was valid until {expires}" in reply.json["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/usage", "/v1/models", "/v1/models/claude-x"])
+def test_an_expired_key_is_told_nothing(upstream, tmp_path, path):
+    expired = key(expires=TODAY - datetime.timedelta(days=1))
+    ledger = LedgerSettings(file=str(tmp_path / "l.db"))
+    client = client_of(upstream(), api_keys=(expired,), ledger=ledger)
+    assert told(client.get(path, headers=ALICE)) == (401, "authentication_error")
 
 
 def test_several_keys_of_one_name_and_digests_in_their_place(upstream, capsys):
@@ -123,6 +155,15 @@ def answered(served, name="alice"):
         return client.read()
 
 
+def begin_to_wait(served):
+    """A client whose request has reached the server; `since`: how long the log was before."""
+    client = RawClient.to(served.url)
+    client.since = len(served.stdout_lines())
+    client.post(ASK, headers=[("x-api-key", "sk-test-alice")])
+    served.wait_for_log(" request id=.* client=alice", since=client.since)
+    return client
+
+
 def test_one_request_too_many_of_a_key_is_a_429_at_once(upstream, serve):
     served, first = busy(upstream, serve)
     reply = answered(served)
@@ -153,12 +194,13 @@ def test_a_request_that_waited_in_vain_is_refused(upstream, serve):
 
 def test_a_client_that_leaves_while_it_waits_gives_its_place_back(upstream, serve):
     served, first = busy(upstream, serve, max_wait=10)
-    waiting = RawClient.to(served.url)
-    waiting.post(ASK, headers=[("x-api-key", "sk-test-alice")])
-    served.wait_for_log(" request id=.* client=alice")
-    waiting.close()
-    served.wait_for_log("done id=.* outcome=client_left client=alice .*attempts=0")
-    first.close()
+    for _ in range(3):  # two may wait
+        waiting = begin_to_wait(served)
+        waiting.close()
+        served.wait_for_log("done id=.* outcome=client_left client=alice .*attempts=0", since=waiting.since)
+    with begin_to_wait(served) as waiting:
+        first.close()
+        assert waiting.read().status == 200
 
 
 def test_only_a_quarter_of_the_places_may_be_used_for_waiting(upstream, serve):
@@ -170,6 +212,28 @@ def test_only_a_quarter_of_the_places_may_be_used_for_waiting(upstream, serve):
     assert answered(served, "bob").status == 200
     for each in (first, *waiting):
         each.close()
+
+
+def test_a_request_that_waits_for_a_place_ends_with_the_server(upstream, serve):
+    served, first = busy(upstream, serve, max_wait=10)
+    waiting = begin_to_wait(served)
+    served.ask_to_stop()
+    reply = waiting.read()
+    assert (reply.status, reply.json()["error"]["message"]) == (529, "aiproxy is restarting.")
+    for each in (first, waiting):
+        each.close()
+
+
+def test_a_place_of_a_key_comes_back_however_its_request_ends(upstream):
+    replies = [error(500), error(400), events(message_events()[:4], then="cut"), answer()]
+    client = client_of(
+        upstream(*replies), api_keys=(key(max_in_flight=1, models=("claude-x",)),), max_in_flight=1
+    )
+    for question in (b"no JSON", {**ASK, "model": "claude-y"}, *[{**ASK, "stream": True}] * 3):
+        send = {"data": question} if isinstance(question, bytes) else {"json": question}
+        with contextlib.suppress(ConnectionAbortedError):  # the stream that was cut
+            assert client.post("/v1/messages", headers=ALICE, **send).status_code not in (200, 429, 529)
+    assert ask(client).status_code == 200
 
 
 # --- Budgets ---
@@ -193,6 +257,35 @@ def test_a_budget_ends_at_the_next_request_and_counting_stays_free(upstream, tmp
     bob = client.post("/v1/messages", json=ASK, headers={"x-api-key": "sk-test-bob"})
     assert bob.status_code == 200
     assert not any(name.startswith("anthropic-ratelimit-unified") for name, _ in bob.headers)
+
+
+def test_the_old_and_the_new_key_of_a_name_share_one_budget(upstream, tmp_path):
+    alice = ClientKey(
+        "alice", (Secret("sk-test-alice"), Secret("sk-test-new")), limits=KeyLimits(Budget(daily=14))
+    )
+    usage = {"input_tokens": 1_000_000, "output_tokens": 0}  # $15 at the dearest price
+    ledger = LedgerSettings(file=str(tmp_path / "l.db"))
+    client = client_of(upstream(answer(usage=usage)), api_keys=(alice,), ledger=ledger)
+    assert ask(client).status_code == 200
+    new = client.post("/v1/messages", json=ASK, headers={"authorization": "Bearer sk-test-new"})
+    assert told(new) == (429, "billing_error")
+
+
+def test_the_budget_of_all_refuses_keys_that_have_none_and_anonymous_clients(upstream, tmp_path):
+    ledger = LedgerSettings(file=str(tmp_path / "l.db"))
+    for keys, client_name in (((key(),), "alice"), ((), "anonymous")):
+        client = client_of(upstream(), api_keys=keys, ledger=ledger, budget=Budget(monthly=0))
+        assert told(ask(client)) == (429, "billing_error")
+        assert client.get("/v1/usage", headers=ALICE).json["client"] == client_name
+
+
+@pytest.mark.parametrize(("is_strict", "status"), [(False, 200), (True, 503)])
+def test_a_ledger_out_of_reach_stops_only_the_strict(upstream, tmp_path, is_strict, status):
+    ledger = LedgerSettings(file=str(tmp_path / "nowhere" / "l.db"))
+    keys = (key(budget=Budget(daily=1)), key("bob"))
+    client = client_of(upstream(), api_keys=keys, ledger=ledger, fail_closed=is_strict)
+    assert ask(client).status_code == status
+    assert client.post("/v1/messages", json=ASK, headers={"x-api-key": "sk-test-bob"}).status_code == 200
 
 
 def test_an_upstream_s_own_headers_of_that_name_pass_only_without_a_budget(upstream, tmp_path):

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import random
 import resource
 import signal
 import sqlite3
@@ -130,6 +131,46 @@ def test_several_processes_agree_within_a_second_and_across_restarts(settings, r
     one.stop()
     again = running(settings)
     assert again.spending.of("alice", month) == costs(rows, "client")["alice"]
+
+
+def test_processes_that_fail_and_start_again_at_random_agree_with_a_plain_sum(settings, running, monkeypatch):
+    """A commit that fails after it was done, or before, or a read that fails: nothing counts twice."""
+    dice, write, spent = random.Random(23), Store.write, Store.spent
+
+    def flaky(method):
+        def fail(self, *arguments):
+            when = dice.random()
+            if when < 0.2:
+                raise LedgerError("away before it was done")
+            found = method(self, *arguments)
+            if when < 0.4:
+                raise LedgerError("away after it was done")
+            return found
+
+        return fail
+
+    monkeypatch.setattr(ledger_module, "BATCH", 0.01)
+    monkeypatch.setattr(Store, "write", flaky(write))
+    monkeypatch.setattr(Store, "spent", flaky(spent))
+    rows = random_rows(300)
+    processes = [running(settings) for _ in range(3)]
+    for each in rows:
+        dice.choice(processes).add(each)
+        if dice.random() < 0.1:
+            time.sleep(0.01)
+        if dice.random() < 0.02:
+            place = dice.randrange(3)
+            await_that(lambda place=place: processes[place].problem is None)
+            monkeypatch.setattr(Store, "write", write)  # the last batch of a stop is tried once
+            processes[place].stop()
+            monkeypatch.setattr(Store, "write", flaky(write))
+            processes[place] = running(settings)
+    monkeypatch.undo()
+    month, wanted = periods(NOW)["monthly"], costs(rows, "client")
+    for each in processes:
+        await_that(lambda each=each: each.spending.of(None, month) == sum(wanted.values()))
+        assert {client: each.spending.of(client, month) for client in wanted} == wanted
+    assert written(settings) == wanted
 
 
 def test_what_a_process_adds_counts_at_once_and_never_twice(settings, running):
@@ -286,6 +327,17 @@ def test_a_file_that_is_removed_is_made_anew(file, running, tmp_path):
         path.unlink()
     ledger.add(row(2))
     await_that(lambda: (tmp_path / "ledger.db").exists() and written(file) == {"alice": 1_500_000_000})
+
+
+def test_a_file_that_was_restored_from_a_copy_is_read(file, running, tmp_path):
+    ledger, day = running(file), periods(NOW)["daily"]
+    copy = Store(LedgerSettings(file=str(tmp_path / "copy.db")))
+    copy.write([row(1, at=NOW, cost=70)])
+    copy.close()
+    for path in tmp_path.glob("ledger.db-*"):
+        path.unlink()
+    (tmp_path / "copy.db").replace(file.file)
+    await_that(lambda: ledger.spending.of("alice", day) == 70, 3)
 
 
 def test_a_full_queue_drops_rows_and_counts_them(tmp_path, monkeypatch):

@@ -1,6 +1,8 @@
 """Budgets: periods, what is left, and what the client is told."""
 
 import json
+import random
+from collections import Counter
 from datetime import UTC, datetime
 
 import pytest
@@ -204,3 +206,59 @@ def test_a_budget_of_zero_is_used_up_and_can_be_reported_to_other_workers(held):
     one.spend(3)
     assert one.budgets.every()[0].share == 1
     assert one.refusal().message.startswith("The daily budget of the key alice is used up: $3.00 of $0.00")
+
+
+def test_random_spending_over_months_is_what_a_plain_sum_says_in_every_period():
+    """Two processes and a database, whose clocks go back and forth; what is written counts once."""
+    dice = random.Random(17)
+    database, spent, one = Counter(), Counter(), Spending()
+    unwritten = Counter()
+    for _ in range(3000):
+        now = at("2026-12-25T00:00:00") + dice.uniform(0, 80) * 24 * 3600
+        client, cost = dice.choice(["alice", "bob"]), dice.randrange(10**12)
+        day = datetime.fromtimestamp(now, UTC).strftime("%Y-%m-%d")
+        spent[day, client] += cost
+        if dice.random() < 0.3:  # another process
+            database[day, client] += cost
+        else:
+            one.add(client, now, cost)
+            unwritten[day, client] += cost
+        if dice.random() < 0.1:
+            database += unwritten
+            one.replace(database, unwritten)
+            unwritten.clear()
+    database += unwritten
+    one.replace(database, unwritten)
+    for day in range(90):
+        for period in periods(at("2026-12-20T00:00:00") + day * 24 * 3600).values():
+            for client in ("alice", "bob", None):
+                wanted = sum(
+                    cost
+                    for (day_, name), cost in spent.items()
+                    if period.first <= day_ <= period.last and client in (name, None)
+                )
+                assert one.of(client, period) == wanted
+
+
+def test_every_instant_is_in_one_day_one_week_and_one_month_that_end_at_their_reset():
+    dice = random.Random(19)
+    for _ in range(2000):
+        now = dice.uniform(0, 4e9)
+        today = datetime.fromtimestamp(now, UTC)
+        for name, period in periods(now).items():
+            assert period.first <= today.strftime("%Y-%m-%d") <= period.last
+            assert now < period.reset
+            after, before = (periods(period.reset - late)[name] for late in (0, 0.001))
+            assert (before, after.first) == (period, period.reset_text[:10])
+            begins = datetime.fromisoformat(period.first)
+            assert {"daily": True, "weekly": begins.weekday() == 0, "monthly": begins.day == 1}[name]
+
+
+@pytest.mark.parametrize("now", ["2026-11-27T23:59:59.999", "2026-11-27T00:00:00", "2026-02-28T23:59:59"])
+@pytest.mark.parametrize("name", ["daily", "weekly", "monthly"])
+def test_a_client_that_waits_as_long_as_it_is_told_is_served(held, now, name):
+    one = held(Budget(**{name: 1}))
+    one.now = at(now)
+    one.spend(1)
+    one.now += int(dict(one.refusal().headers)["retry-after"])
+    assert one.refusal() is None

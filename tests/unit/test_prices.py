@@ -4,6 +4,7 @@ import random
 import tracemalloc
 from fractions import Fraction
 
+import msgspec
 import pytest
 
 from aiproxy.api.usage import Tokens, Usage
@@ -159,29 +160,112 @@ def test_fast_mode_costs_a_multiple(model, times):
     assert nano({**usage, "speed": "fast"}, model) == times * nano(usage, model)
 
 
-def independent(usage, price):
-    """Dollars, as a provider's clerk would compute them."""
-    per_token = [Fraction(str(each)) / 10**6 for each in price[:5]]
-    written, parts = usage["cache_creation_input_tokens"], usage["cache_creation"]
-    counts = [*(usage[kind] for kind in KINDS), written - parts["ephemeral_1h_input_tokens"]]
-    counts.append(parts["ephemeral_1h_input_tokens"])
-    searches = usage["server_tool_use"]["web_search_requests"] * Fraction(str(price[5])) / 1000
-    return sum(each * rate for each, rate in zip(counts, per_token, strict=True)) + searches
+#: What the clerk below knows of prices: dollars per million tokens, and per thousand searches.
+LIST = {
+    "claude-test": (3, 15, "0.3", "3.75", 6, 10),
+    "claude-other-1": (1, 2, "0.1", "1.25", 2, 20),
+    "claude-sonnet-5-20260101": (2, 10, "0.2", "2.5", 4, 10),
+    "claude-opus-4-7": (5, 25, "0.5", "6.25", 10, 10),
+}
 
 
-def test_random_usages_cost_what_an_independent_arithmetic_says():
-    dice = random.Random(7)
-    price = (3, 15, 0.3, 3.75, 6, 10)
+def random_counts(dice):
+    """The members of `usage` that any iteration has, too; some have no breakdown of cache writes."""
+    counts = {kind: dice.randrange(10 ** dice.randrange(1, 8)) for kind in KINDS}
+    minutes, hour = dice.randrange(10**6), dice.choice([0, dice.randrange(10**6)])
+    counts["cache_creation_input_tokens"] = minutes + hour
+    if hour or dice.random() < 0.5:
+        parts = {"ephemeral_5m_input_tokens": minutes, "ephemeral_1h_input_tokens": hour}
+        counts["cache_creation"] = parts
+    return counts
+
+
+def random_usage(dice):
+    kinds = ("message", "compaction", "advisor_message", "fallback_message")
+    entries = [{"type": dice.choice(kinds), **random_counts(dice)} for _ in range(dice.randrange(4))]
+    for entry in entries:
+        if entry["type"] in kinds[2:]:
+            entry["model"] = dice.choice(list(LIST))
+    return {
+        **random_counts(dice),
+        "iterations": dice.choice([entries, None]),
+        "server_tool_use": dice.choice([None, {"web_search_requests": dice.randrange(9)}]),
+        "speed": dice.choice([None, "standard", "fast"]),
+        "inference_geo": dice.choice([None, "global", "us"]),
+        "service_tier": dice.choice([None, "standard", "batch"]),
+    }
+
+
+def clerk(usage, asked):
+    """Dollars of the whole of `usage`, by an arithmetic that shares nothing with the product's."""
+    model, total = asked, Fraction(0)
+
+    def part(counts, of):
+        rates = [Fraction(each) / 10**6 for each in LIST[of][:5]]
+        hour = counts.get("cache_creation", {}).get("ephemeral_1h_input_tokens", 0)
+        numbers = [*(counts[kind] for kind in KINDS), counts["cache_creation_input_tokens"] - hour, hour]
+        cost = sum(number * rate for number, rate in zip(numbers, rates, strict=True))
+        if usage["speed"] == "fast":
+            cost *= 6 if of == "claude-opus-4-7" else 2
+        if usage["inference_geo"] == "us":
+            cost *= Fraction("1.1")
+        return cost / 2 if usage["service_tier"] == "batch" else cost
+
+    for entry in usage["iterations"] or []:
+        if entry["type"] == "compaction":
+            total += part(entry, asked)
+        elif entry["type"] == "advisor_message":
+            total += part(entry, entry["model"])
+        elif entry["type"] == "fallback_message":
+            model = entry["model"]
+    searches = (usage["server_tool_use"] or {}).get("web_search_requests", 0)
+    return total + part(usage, model) + searches * Fraction(LIST[model][5]) / 1000
+
+
+@pytest.mark.parametrize("multiplier", ["1", "0.85"])
+def test_random_usages_with_iterations_cost_what_a_clerk_says_to_the_nano_dollar(multiplier):
+    dice, one = random.Random(11), prices(price_multiplier=float(multiplier))
     for _ in range(2000):
-        hour, minutes = dice.randrange(10**6), dice.randrange(10**6)
-        usage = {kind: dice.randrange(10 ** dice.randrange(1, 9)) for kind in KINDS}
-        usage["cache_creation_input_tokens"] = hour + minutes
-        usage["cache_creation"] = {
-            "ephemeral_1h_input_tokens": hour,
-            "ephemeral_5m_input_tokens": minutes,
-        }
-        usage["server_tool_use"] = {"web_search_requests": dice.randrange(9), "web_fetch_requests": 1}
-        assert nano(usage) == round(independent(usage, price) * 10**9)
+        usage, asked = random_usage(dice), dice.choice(list(LIST))
+        exact = clerk(usage, asked) * Fraction(multiplier) * 10**9
+        assert abs(nano(usage, asked, asked, one) - exact) <= Fraction(501, 1000), usage
+
+
+def random_json(dice, depth=0):
+    """Anything that an upstream may send in the place of a figure."""
+    kind = dice.randrange(9 if depth < 4 else 7)
+    if kind == 7:
+        return [random_json(dice, depth + 1) for _ in range(dice.randrange(4))]
+    if kind == 8:
+        return {dice.choice(WORDS): random_json(dice, depth + 1) for _ in range(dice.randrange(4))}
+    return dice.choice([None, True, -1, 10**30, 1e300, "7", "", "claude-test", "compaction", "fast", 5, -0.0])
+
+
+WORDS = [*KINDS, "cache_creation_input_tokens", "cache_creation", "ephemeral_1h_input_tokens", "iterations",
+         "ephemeral_5m_input_tokens", "server_tool_use", "web_search_requests", "web_fetch_requests", "speed",
+         "type", "model", "self", "figures", "_figures", "message_id", ""]  # fmt: skip
+
+
+def test_random_nonsense_for_usage_raises_nothing_and_costs_no_less_than_nothing():
+    dice, one = random.Random(13), prices()
+    for _ in range(5000):
+        report = Usage()
+        for _ in range(2):
+            usage = {dice.choice(WORDS): random_json(dice) for _ in range(dice.randrange(6))}
+            if dice.random() < 0.5:
+                usage["iterations"] = [{"type": dice.choice(["compaction", "advisor_message"]), **usage}]
+            message = msgspec.json.encode({"usage": usage, "message": {"usage": usage}})
+            report.note_event(dice.choice([b"message_start", b"message_delta"]), message)
+        bill = one.bill(report, "a", "claude-test", "claude-test")
+        assert min(bill.nano, bill.web_searches, bill.web_fetches, *msgspec.structs.astuple(bill.tokens)) >= 0
+
+
+def test_the_highest_figures_that_are_believed_do_not_overflow_a_row():
+    most = dict.fromkeys([*KINDS, "cache_creation_input_tokens"], 10**11 - 1)
+    usage = {**most, "iterations": [{"type": "compaction", **most}] * 100, "speed": "fast"}
+    bill = prices().bill(Usage(**usage), "a", "claude-opus-4-7", "x")
+    assert bill.nano == 10**14
+    assert max(msgspec.structs.astuple(bill.tokens)) == 10**11
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from aiproxy.api.body import members
-from aiproxy.api.usage import Usage
+from aiproxy.api.usage import Iteration, Tokens, Usage
 
 ALL = {
     "input_tokens": 11,
@@ -78,6 +78,40 @@ STREAMS = {
 @pytest.mark.parametrize(("events", "said"), STREAMS.values(), ids=STREAMS)
 def test_a_stream_s_figures_are_cumulative(events, said):
     assert of_events(*events) == said
+
+
+def test_a_stream_s_other_figures_are_cumulative_too():
+    report = Usage()
+    parts = {"ephemeral_5m_input_tokens": 40, "ephemeral_1h_input_tokens": 4}
+    begun = started(**ALL, cache_creation=parts, speed="fast", service_tier="standard")
+    searches = {"server_tool_use": {"web_search_requests": 2, "web_fetch_requests": 1}}
+    entries = [{"type": "compaction", "input_tokens": 7}, {"type": "advisor_message", "model": "m"}]
+    for name, data in (begun, delta(**searches, cache_creation=None), delta(iterations=entries, speed=None)):
+        report.note_event(name, json.dumps(data).encode())
+    assert report.tokens == Tokens(11, 22, 33, 40, 4)
+    assert [report.server_tool_uses(f"web_{kind}_requests") for kind in ("search", "fetch")] == [2, 1]
+    assert [report.says(*said) for said in (("speed", "fast"), ("inference_geo", "us"))] == [True, False]
+    assert list(report.iterations) == [
+        Iteration("compaction", None, Tokens(input=7)),
+        Iteration("advisor_message", "m", Tokens()),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("written", "parts", "minutes", "hour"),
+    [
+        (44, None, 44, 0),
+        (44, {"ephemeral_1h_input_tokens": 40}, 4, 40),
+        (44, {"ephemeral_5m_input_tokens": 44}, 44, 0),
+        (None, {"ephemeral_5m_input_tokens": 4, "ephemeral_1h_input_tokens": 40}, 4, 40),
+        (4, {"ephemeral_1h_input_tokens": 40}, 0, 40),
+        (44, {"ephemeral_1h_input_tokens": "40"}, 44, 0),
+        (44, [40], 44, 0),
+    ],
+)
+def test_cache_writes_are_for_an_hour_where_the_breakdown_says_so(written, parts, minutes, hour):
+    tokens = Usage(cache_creation_input_tokens=written, cache_creation=parts).tokens
+    assert (tokens.cache_write_5m, tokens.cache_write_1h) == (minutes, hour)
 
 
 @pytest.mark.parametrize("name", [b"message_start", b"message_delta"])
